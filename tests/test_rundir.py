@@ -1,0 +1,81 @@
+"""Stages: reuse by content, resume after a kill, refusal of damaged files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from transfer.core.files import read_json, replacing
+from transfer.core.rundir import RunDir, finished
+
+
+def test_same_inputs_are_reused(tmp_path: Path) -> None:
+    calls: list[Path] = []
+
+    def work(out: Path) -> None:
+        calls.append(out)
+        (out / "x.txt").write_text("1")
+
+    first = RunDir(tmp_path, "run").stage("a", {"n": 1}, work)
+    second = RunDir(tmp_path, "other").stage("a", {"n": 1}, work)
+    assert first == second and len(calls) == 1
+    assert RunDir(tmp_path, "run").stage("a", {"n": 2}, work) != first and len(calls) == 2
+
+
+def test_a_killed_stage_goes_on(tmp_path: Path) -> None:
+    def killed(out: Path) -> None:
+        (out / "part1").write_text("kept")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RunDir(tmp_path, "run").stage("a", {}, killed)
+
+    def rest(out: Path) -> None:
+        assert (out / "part1").read_text() == "kept"
+        (out / "part2").write_text("new")
+
+    folder = RunDir(tmp_path, "run").stage("a", {}, rest)
+    assert finished(folder)
+
+
+@pytest.mark.parametrize("damage", ["changed", "deleted", "done-cut"])
+def test_damaged_stages_are_redone(tmp_path: Path, damage: str) -> None:
+    def work(out: Path) -> None:
+        (out / "x.txt").write_text("right")
+
+    folder = RunDir(tmp_path, "run").stage("a", {}, work)
+    if damage == "changed":
+        (folder / "x.txt").write_text("wrong")
+    elif damage == "deleted":
+        (folder / "x.txt").unlink()
+    else:
+        (folder / "DONE").write_text('{"seconds"')
+    assert not finished(folder)
+    RunDir(tmp_path, "run").stage("a", {}, work)
+    assert (folder / "x.txt").read_text() == "right" and finished(folder)
+
+
+def test_nothing_half_written_stays(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), replacing(tmp_path / "x.json") as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_space_is_one_sentence(tmp_path: Path) -> None:
+    import errno
+
+    from transfer.core.errors import TransferError
+
+    with pytest.raises(TransferError, match="No space left"), replacing(tmp_path / "x.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_events_are_kept(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "run")
+    run.stage("a", {}, lambda out: None, "llama")
+    run.stage("a", {}, lambda out: None, "llama")
+    lines = (run.path / "events.jsonl").read_text().splitlines()
+    assert ['"event": "started"' in lines[0], '"event": "done"' in lines[1], '"event": "reused"' in lines[2]] == [True] * 3
+    assert read_json(run.store / run.stages["a llama"] / "key.json")["stage"] == "a"

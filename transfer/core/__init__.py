@@ -1,0 +1,1 @@
+"""Objects, configuration, run directories and errors; imports nothing above itself."""

@@ -1,0 +1,207 @@
+"""One YAML file describes an experiment; unknown keys are answered with the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from transfer.core.errors import TransferError
+
+PRESETS = Path(__file__).parent.parent / "presets"
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """One model with its SAE."""
+
+    model: str = Field(description="Model reference: zoo:<name>, path:<folder> or hub:<org/name>@<revision>.")
+    sae: str = Field(description="SAE reference: zoo:<name>/<folder>, path:<folder or .pth>, saelens:<release>/<id>.")
+    layer: int | None = Field(None, description="hidden_states index the SAE reads; from the SAE's metadata if left out.")
+
+
+class DataSection(Section):
+    """Where the texts come from: one source with a split column, or three sources."""
+
+    source: str | None = Field("bundled:requests", description="Path (JSONL, CSV, parquet), hub:<id>@<rev> or bundled:…")
+    anchor: str | None = Field(None, description="Source of the anchor texts, when not a split of `source`.")
+    seed: str | None = Field(None, description="Source of the seed data, when not a split of `source`.")
+    evaluation: str | None = Field(None, description="Source of the evaluation texts, when not a split of `source`.")
+    text: str = Field("text", description="Text column.")
+    label: str = Field("intent", description="Label column (two labels).")
+    topic: str = Field("topic", description="Topic column; may be absent from the data.")
+    split: str = Field("split", description="Split column, with the values anchor, seed, evaluation.")
+    positive: str = Field("harmful", description="The label to detect.")
+
+
+class HarvestSection(Section):
+    """How activations are stored."""
+
+    keep_residual: bool = Field(True, description="Keep the residual stream (needed by the residual map).")
+    max_tokens: int = Field(512, ge=8, description="Longer texts are cut here, and counted.")
+    token_budget: int = Field(8192, ge=64, description="Padded tokens a forward pass holds at most.")
+
+
+AlignMethod = Literal["activation", "map", "unembedding", "sinkhorn"]
+
+
+class AlignSection(Section):
+    """How features are matched."""
+
+    methods: tuple[AlignMethod, ...] = Field(("activation", "map", "unembedding", "sinkhorn"), min_length=1)
+    use: AlignMethod = Field("sinkhorn", description="The method whose matches carry features from model to model.")
+    min_support: int = Field(10, ge=2, description="Tokens a feature must fire on to be testable.")
+    fit_fraction: float = Field(0.6, gt=0, lt=1, description="Documents to fit on; the rest is held out.")
+    q_value: float = Field(0.1, gt=0, le=1, description="Matches above this q-value (shift null) are not used.")
+    n_null: int = Field(20, ge=1, description="Draws of the shuffled-corpus null.")
+    reg: float = Field(0.05, gt=0, description="Entropic regularisation of the transport.")
+    max_iter: int = Field(2000, ge=1)
+
+    @model_validator(mode="after")
+    def _use_is_fitted(self) -> AlignSection:
+        if self.use not in self.methods:
+            raise ValueError(f"align.use is {self.use!r}, which is not among align.methods {list(self.methods)}")
+        return self
+
+
+class CoverSection(Section):
+    """What counts as covered and as relevant."""
+
+    delta: str = Field("quantile:0.5", description="quantile:<q> of each feature's own activations, or constant:<value>.")
+    fdr: float = Field(0.1, gt=0, lt=1, description="False-discovery rate of the relevance judge.")
+    min_docs: int = Field(3, ge=1, description="Anchor documents a feature must fire on.")
+    bootstrap: int = Field(200, ge=10)
+    least_missing: int = Field(30, ge=0, description="Below this many missing features the grid is called uninformative.")
+
+
+class SynthSection(Section):
+    """The two-step synthesis."""
+
+    features: int = Field(40, ge=1, description="Features asked for per arm.")
+    explore: int = Field(4, ge=2, description="Candidates of step 1 per feature.")
+    contrast: int = Field(4, ge=1, description="Candidates of step 2 per feature.")
+    strengths: tuple[float, ...] = Field((0.0, 1.0, 2.0), min_length=1, description="Steering strengths tried in step 1.")
+    examples: int = Field(4, ge=1, description="Anchor texts shown to the generator.")
+    max_new_tokens: int = Field(40, ge=4)
+    temperature: float = Field(0.8, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    budget: int = Field(80, ge=2, description="Synthetic examples each arm adds to the seed data.")
+
+
+class TuneSection(Section):
+    """The fine-tuning grid."""
+
+    task: str = "intent"
+    recipes: tuple[str, ...] = Field(("lora", "head"), min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=3)
+
+
+class Experiment(Section):
+    """The whole experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = 0
+    processes: int = Field(2, ge=1, description="Worker processes, one torch thread each.")
+    models: dict[str, ModelSection] = Field(min_length=1)
+    data: DataSection = DataSection()
+    harvest: HarvestSection = HarvestSection()
+    align: AlignSection = AlignSection()
+    cover: CoverSection = CoverSection()
+    synth: SynthSection = SynthSection()
+    tune: TuneSection = TuneSection()
+
+
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section that ``location`` points into."""
+    for step in location:
+        field = model.model_fields.get(str(step))
+        if field is None:
+            return [] if model is not Experiment else list(model.model_fields)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        else:
+            return list(ModelSection.model_fields)
+    return list(model.model_fields)
+
+
+def _problems(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(step) for step in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(Experiment, item["loc"][:-1]), 1, 0.5)
+            lines.append(f"unknown key `{where}`" + (f" (did you mean `{near[0]}`?)" if near else ""))
+        elif item["type"] == "missing":
+            lines.append(f"`{where}` is missing")
+        else:
+            lines.append(f"`{where}`: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(lines)
+
+
+def load_experiment(path: Path | str, settings: list[str] | None = None) -> Experiment:
+    """Read an experiment from a YAML file or by preset name.
+
+    Args:
+        path: A YAML file, or the name of a preset such as ``demo``.
+        settings: Overrides such as ``align.reg=0.02``.
+
+    Raises:
+        TransferError: When the file is missing, is not YAML, or does not validate; all problems at once.
+    """
+    file = Path(path)
+    if not file.is_file() and (PRESETS / f"{path}.yaml").is_file():
+        file = PRESETS / f"{path}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise TransferError(f"No experiment file {path}.", f"Give a YAML file or a preset ({known}).")
+    try:
+        data = yaml.safe_load(file.read_text("utf8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise TransferError(f"{path} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from None
+    except UnicodeDecodeError:
+        raise TransferError(f"{path} is not UTF-8 text.") from None
+    if not isinstance(data, dict):
+        raise TransferError(f"{path} must hold keys and values at its top level.")
+    for setting in settings or []:
+        key, eq, value = setting.partition("=")
+        if not eq:
+            raise TransferError(f"--set {setting!r} is not of the form key=value.")
+        node = data
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise TransferError(f"--set {key}: {parent} is not a section.")
+        node[last] = yaml.safe_load(value)
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as error:
+        raise TransferError(f"{path}: {_problems(error)}.") from None
+
+
+def runs_folder() -> Path:
+    """Where runs go: ``$TRANSFER_RUNS`` or ``runs`` in the current folder.
+
+    Raises:
+        TransferError: When it cannot be written.
+    """
+    folder = Path(os.environ.get("TRANSFER_RUNS", "runs"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TransferError(f"Cannot write to {folder} ({error.strerror}).", "Set TRANSFER_RUNS to a folder.") from None
+    return folder

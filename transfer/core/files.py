@@ -1,0 +1,124 @@
+"""Write last, rename, then done: no reader ever sees half a file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from transfer.core.errors import TransferError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name in the same folder; on success fsync it and rename it to ``path``.
+
+    Raises:
+        TransferError: When the disk is full; nothing half-written stays behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    try:
+        yield part
+        with part.open("rb") as handle:
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TransferError(f"No space left to write {path}.", "Free some and run the same command again.") from None
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able, deterministic: numpy scalars unwrapped, NaN as null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Canonical JSON (sorted keys, NaN as null), atomically."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        TransferError: When it is missing or broken.
+    """
+    try:
+        return json.loads(Path(path).read_text("utf8"))
+    except FileNotFoundError:
+        raise TransferError(f"{path} does not exist.") from None
+    except json.JSONDecodeError as error:
+        raise TransferError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}).") from None
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Arrays as safetensors, atomically."""
+    from safetensors.numpy import save_file
+
+    with replacing(path) as part:
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata=metadata)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of one safetensors file.
+
+    Raises:
+        TransferError: When it is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise TransferError(f"{path} does not exist.") from None
+    except SafetensorError as error:
+        raise TransferError(f"{path} is damaged ({error}).", "Delete it and run the same command again.") from None
+
+
+def save_csr(path: Path, matrix: sp.csr_matrix) -> None:
+    """A sparse matrix as safetensors, atomically."""
+    matrix = sp.csr_matrix(matrix)
+    arrays = {"indptr": matrix.indptr, "indices": matrix.indices, "values": matrix.data}
+    save_arrays(path, {**arrays, "shape": np.array(matrix.shape, dtype=np.int64)})
+
+
+def load_csr(path: Path) -> sp.csr_matrix:
+    """Inverse of ``save_csr``."""
+    a = load_arrays(path)
+    return sp.csr_matrix((a["values"], a["indices"], a["indptr"]), shape=tuple(int(n) for n in a["shape"]))
+
+
+def file_hash(*paths: Path) -> str:
+    """Short sha256 over the contents of files, in the order given."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as handle:
+            while block := handle.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()[:16]

@@ -1,0 +1,114 @@
+"""Content-keyed stages: the same inputs are reused, changed inputs make a new folder, a killed stage goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transfer.core.console import say
+from transfer.core.errors import TransferError
+from transfer.core.files import file_hash, read_json, replacing, write_json
+from transfer.core.objects import SCHEMA, digest
+
+
+class RunDir:
+    """One experiment's folder under ``runs/``, and the shared store of finished stages beside it.
+
+    ``runs/.store/<stage>/<key>/`` holds ``key.json`` (the inputs in clear), the stage's files and ``DONE``, written
+    last, with their sizes and hashes. ``runs/<name>/`` holds what a reader wants: ``results.json``, ``details.json``,
+    ``report.html``, ``manifest.json``, ``experiment.yaml``, ``stages.json`` and ``events.jsonl``.
+    """
+
+    def __init__(self, runs: Path, name: str) -> None:
+        self.path = Path(runs) / name
+        self.store = Path(runs) / ".store"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.seconds: dict[str, float] = {}
+        self.stages: dict[str, str] = {}
+
+    def event(self, stage: str, what: str, **more: Any) -> None:
+        """Append one line to ``events.jsonl``."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "stage": stage, "event": what, **more}
+        with (self.path / "events.jsonl").open("a", encoding="utf8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def stage(self, name: str, inputs: dict[str, Any], work: Callable[[Path], None], label: str = "") -> Path:
+        """Run ``work(folder)`` unless the same inputs have been worked through before.
+
+        Args:
+            name: Stage name.
+            inputs: Everything the result depends on (JSON-able); its hash is the key.
+            work: Writes the stage's files into the folder; must be able to go on from what an earlier, killed run
+                left there.
+            label: Distinguishes several stages of one name in messages, such as the model.
+
+        Returns:
+            The finished stage's folder.
+        """
+        title = f"{name} {label}".strip()
+        key = digest({"stage": name, "schema": SCHEMA, **inputs})
+        folder = self.store / name / key
+        self.stages[title] = f"{name}/{key}"
+        if finished(folder):
+            say(f"{title}  reused {key[:6]}")
+            self.event(title, "reused", key=key)
+            self.seconds.setdefault(title, read_json(folder / "DONE")["seconds"])
+            return folder
+        resumed = (folder / "key.json").exists()
+        self.event(title, "resumed" if resumed else "started", key=key)
+        if not resumed and (why := self._difference(title, inputs)):
+            say(f"{title}  {why}")
+        start = time.monotonic()
+        write_json(folder / "key.json", {"stage": name, "title": title, "inputs": inputs})
+        work(folder)
+        seconds = time.monotonic() - start
+        mark_done(folder, seconds)
+        self.seconds[title] = seconds
+        self.event(title, "done", key=key, seconds=round(seconds, 2))
+        say(f"{title}  done in {seconds:.1f} s")
+        return folder
+
+    def _difference(self, title: str, inputs: dict[str, Any]) -> str:
+        """First input that differs from the newest finished stage of the same title."""
+        known = self.path / "stages.json"
+        before = read_json(known).get(title) if known.exists() else None
+        if not before or not (self.store / before / "key.json").exists():
+            return ""
+        old = read_json(self.store / before / "key.json")["inputs"]
+        for name, value in inputs.items():
+            if old.get(name) != json.loads(json.dumps(value, default=str)):
+                return f"runs again: {name} changed"
+        return ""
+
+
+def mark_done(folder: Path, seconds: float) -> None:
+    """Write ``DONE`` with the sizes and hashes of the stage's files."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "DONE" and not p.name.startswith("."))
+    entries = {str(p.relative_to(folder)): [p.stat().st_size, file_hash(p)] for p in files}
+    write_json(folder / "DONE", {"seconds": round(seconds, 3), "files": entries})
+
+
+def finished(folder: Path) -> bool:
+    """Whether the stage ran to its end and its files are still what it wrote."""
+    if not (folder / "DONE").is_file():
+        return False
+    try:
+        entries = read_json(folder / "DONE")["files"]
+    except (TransferError, KeyError):
+        return False
+    for name, (size, sha) in entries.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size or file_hash(path) != sha:
+            say(f"{folder.parent.name} {folder.name[:6]}  {name} changed since it was written; redone")
+            (folder / "DONE").unlink()
+            return False
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, atomically."""
+    with replacing(path) as part:
+        part.write_text(text, "utf8")
