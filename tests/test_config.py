@@ -33,7 +33,10 @@ def test_set_overrides() -> None:
     [
         ("name: x\nalgin: {}\n" + MODELS, ["unknown key `algin`", "did you mean `align`"]),
         ("name: x\nalign: {regg: 1}\n" + MODELS, ["`align.regg`", "did you mean `reg`"]),
-        ("name: x\nmodels:\n  a: {model: m, saee: s}\n", ["`models.a.saee`", "did you mean `sae`", "`models.a.sae` is missing"]),
+        (
+            "name: x\nmodels:\n  a: {model: m, saee: s}\n",
+            ["`models.a.saee`", "did you mean `sae`", "`models.a.sae` is missing"],
+        ),
         ("name: x\nalign: {use: map, methods: [activation]}\n" + MODELS, ["align.use"]),
         ("name: x\ntune: {seeds: [1]}\n" + MODELS, ["tune.seeds"]),
         ("name: [1\n", ["not valid YAML", "line"]),

@@ -77,5 +77,7 @@ def test_events_are_kept(tmp_path: Path) -> None:
     run.stage("a", {}, lambda out: None, "llama")
     run.stage("a", {}, lambda out: None, "llama")
     lines = (run.path / "events.jsonl").read_text().splitlines()
-    assert ['"event": "started"' in lines[0], '"event": "done"' in lines[1], '"event": "reused"' in lines[2]] == [True] * 3
+    assert ['"event": "started"' in lines[0], '"event": "done"' in lines[1], '"event": "reused"' in lines[2]] == [
+        True
+    ] * 3
     assert read_json(run.store / run.stages["a llama"] / "key.json")["stage"] == "a"

@@ -35,7 +35,9 @@ def main() -> None:
 
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        say(f"error: {error.strerror}: {error.filename or 'the runs folder'}. Free some space or choose another folder.")
+        say(
+            f"error: {error.strerror}: {error.filename or 'the runs folder'}. Free some space or choose another folder."
+        )
         sys.exit(2)
 
 

@@ -165,7 +165,7 @@ WEIGHTS: dict[str, float] = {
     "books": 0.22,
     "fiction": 0.15,
 }
-"""How often a source is seen per epoch; 1 where not named. Conversation is what the suite is used on, so prose is cut."""
+"""How often a source is seen per epoch, 1 where not named; the suite is used on conversation, so prose is cut."""
 
 
 def training_mix(everything: list[Document], seed: int) -> list[Document]:

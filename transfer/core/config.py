@@ -27,20 +27,26 @@ class ModelSection(Section):
 
     model: str = Field(description="Model reference: zoo:<name>, path:<folder> or hub:<org/name>@<revision>.")
     sae: str = Field(description="SAE reference: zoo:<name>/<folder>, path:<folder or .pth>, saelens:<release>/<id>.")
-    layer: int | None = Field(None, description="hidden_states index the SAE reads; from the SAE's metadata if left out.")
+    layer: int | None = Field(
+        None, description="hidden_states index the SAE reads; from the SAE's metadata if left out."
+    )
 
 
 class DataSection(Section):
     """Where the texts come from: one source with a split column, or three sources."""
 
-    source: str | None = Field("bundled:requests", description="Path (JSONL, CSV, parquet), hub:<id>@<rev> or bundled:…")
+    source: str | None = Field(
+        "bundled:requests", description="Path (JSONL, CSV, parquet), hub:<id>@<rev> or bundled:…"
+    )
     anchor: str | None = Field(None, description="Source of the anchor texts, when not a split of `source`.")
     seed: str | None = Field(None, description="Source of the seed data, when not a split of `source`.")
     evaluation: str | None = Field(None, description="Source of the evaluation texts, when not a split of `source`.")
     text: str = Field("text", description="Text column.")
-    label: str = Field("intent", description="Label column (two labels).")
-    topic: str = Field("topic", description="Topic column; may be absent from the data.")
-    split: str = Field("split", description="Split column, with the values anchor, seed, evaluation.")
+    label: str | None = Field(None, description="Label column (two labels); by default `label` or `intent` if present.")
+    topic: str | None = Field(None, description="Topic column; by default `topic` if present.")
+    split: str | None = Field(
+        None, description="Split column (anchor, seed, evaluation); by default `split` if present."
+    )
     positive: str = Field("harmful", description="The label to detect.")
 
 
@@ -77,11 +83,15 @@ class AlignSection(Section):
 class CoverSection(Section):
     """What counts as covered and as relevant."""
 
-    delta: str = Field("quantile:0.5", description="quantile:<q> of each feature's own activations, or constant:<value>.")
+    delta: str = Field(
+        "quantile:0.5", description="quantile:<q> of each feature's own activations, or constant:<value>."
+    )
     fdr: float = Field(0.1, gt=0, lt=1, description="False-discovery rate of the relevance judge.")
     min_docs: int = Field(3, ge=1, description="Anchor documents a feature must fire on.")
     bootstrap: int = Field(200, ge=10)
-    least_missing: int = Field(30, ge=0, description="Below this many missing features the grid is called uninformative.")
+    least_missing: int = Field(
+        30, ge=0, description="Below this many missing features the grid is called uninformative."
+    )
 
 
 class SynthSection(Section):
@@ -90,7 +100,9 @@ class SynthSection(Section):
     features: int = Field(40, ge=1, description="Features asked for per arm.")
     explore: int = Field(4, ge=2, description="Candidates of step 1 per feature.")
     contrast: int = Field(4, ge=1, description="Candidates of step 2 per feature.")
-    strengths: tuple[float, ...] = Field((0.0, 1.0, 2.0), min_length=1, description="Steering strengths tried in step 1.")
+    strengths: tuple[float, ...] = Field(
+        (0.0, 1.0, 2.0), min_length=1, description="Steering strengths tried in step 1."
+    )
     examples: int = Field(4, ge=1, description="Anchor texts shown to the generator.")
     max_new_tokens: int = Field(40, ge=4)
     temperature: float = Field(0.8, gt=0)

@@ -11,7 +11,18 @@ from typing import Any
 
 from transfer.core.errors import TransferError
 
-PACKAGES = ("torch", "transformers", "sae-lens", "scikit-learn", "pot", "networkx", "matplotlib", "peft", "numpy", "scipy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "sae-lens",
+    "scikit-learn",
+    "pot",
+    "networkx",
+    "matplotlib",
+    "peft",
+    "numpy",
+    "scipy",
+)
 
 
 def check_imports() -> None:

@@ -35,7 +35,9 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TransferError(f"No space left to write {path}.", "Free some and run the same command again.") from None
+            raise TransferError(
+                f"No space left to write {path}.", "Free some and run the same command again."
+            ) from None
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -547,6 +547,8 @@ class Candidate:
     positive: str = ""
     """x+ that conditioned step 2."""
     negative: str = ""
+    fallback: bool = False
+    """x+ is an anchor text, because no text of step 1 activated the feature."""
     target_scores: dict[str, float] = field(default_factory=dict)
     """Per target space id: activation of the matched feature there."""
 
@@ -632,6 +634,8 @@ class FinetuneRun:
     seed: int
     curve: tuple[float, ...]
     seconds: float
+    n_truncated: int = 0
+    """Texts cut to the recipe's token limit."""
 
     def __post_init__(self) -> None:
         if self.n_tokens <= 0 or self.n_trainable <= 0:

@@ -1,0 +1,250 @@
+"""A language model with its SAE: texts in, sparse features out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from models.language import LanguageModel
+from models.sae import Dictionary
+from models.tokens import Rendered
+from transfer.core.console import say
+from transfer.core.errors import TransferError
+from transfer.core.objects import FeatureSpace, digest
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Features of the content tokens of some texts, in text order."""
+
+    tokens: sp.csr_matrix
+    """float32 CSR [tokens, n_features]"""
+    docs: np.ndarray
+    """Text of each token, int32 [tokens], non-decreasing."""
+    residual: np.ndarray | None = None
+    """float32 or float16 [tokens, d_model], where asked for."""
+
+
+def max_over_tokens(tokens: sp.csr_matrix, docs: np.ndarray, n_docs: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Largest code of each feature in each document, in time linear in the codes.
+
+    Args:
+        tokens: Non-negative codes, CSR [tokens, n_features].
+        docs: Document of each token [tokens], non-decreasing.
+        n_docs: Documents, also those without a token.
+
+    Returns:
+        Maxima, float32 CSR [docs, n_features], and the content-token position of each (its first, on ties) plus one,
+        int32 CSR with the same pattern.
+    """
+    shape = (n_docs, tokens.shape[1])
+    columns = tokens.tocsc()
+    if columns.nnz == 0:
+        return sp.csr_matrix(shape, dtype=np.float32), sp.csr_matrix(shape, dtype=np.int32)
+    # Column by column and token by token: the codes of one feature in one document lie together.
+    doc = docs[columns.indices]
+    feature = np.repeat(np.arange(shape[1], dtype=np.int32), np.diff(columns.indptr))
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(doc) != 0) | (np.diff(feature) != 0)]))
+    largest = np.maximum.reduceat(columns.data, starts)
+    sizes = np.diff(np.append(starts, columns.nnz))
+    group = np.repeat(np.arange(len(starts)), sizes)
+    at = np.flatnonzero(columns.data == largest[group])
+    at = at[np.concatenate([[True], np.diff(group[at]) != 0])]
+    first_token = np.searchsorted(docs, np.arange(n_docs))
+    position = columns.indices[at] - first_token[doc[at]] + 1
+    ends = np.concatenate([[0], np.cumsum(np.bincount(feature[starts], minlength=shape[1]))])
+    maxima = sp.csc_matrix((largest, doc[starts], ends), shape=shape)
+    peaks = sp.csc_matrix((position.astype(np.int32), doc[starts], ends), shape=shape)
+    return sp.csr_matrix(maxima), sp.csr_matrix(peaks)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One model, one SAE, one layer."""
+
+    language: LanguageModel
+    dictionary: Dictionary
+    space: FeatureSpace
+
+    @classmethod
+    def load(
+        cls, model: str, sae: str, layer: int | None = None, *, dtype: str = "float32", device: str = "cpu"
+    ) -> Self:
+        """Load and tie together.
+
+        Args:
+            model: Model reference, see ``LanguageModel.load``.
+            sae: SAE reference, see ``Dictionary.load``.
+            layer: Canonical layer; from the SAE's metadata when left out.
+            dtype: The model's dtype; the SAE runs in float32.
+            device: A torch device.
+
+        Raises:
+            TransferError: When the widths differ, or the layer is unknown or out of range.
+        """
+        language, dictionary = LanguageModel.load(model, dtype=dtype, device=device), Dictionary.load(sae, device)
+        return cls.join(language, dictionary, layer)
+
+    @classmethod
+    def join(cls, language: LanguageModel, dictionary: Dictionary, layer: int | None = None) -> Self:
+        """Tie a loaded model and a loaded SAE together; see ``load``."""
+        if dictionary.d_model != language.d_model:
+            raise TransferError(
+                f"{dictionary.ref} reads a residual stream of width {dictionary.d_model}, "
+                f"but that of {language.ref} is {language.d_model} wide.",
+                "Pair each model with an SAE that was trained on it.",
+            )
+        if layer is None:
+            layer = dictionary.layer
+        if layer is None:
+            raise TransferError(f"{dictionary.ref} does not say which layer it reads.", "Give the layer.")
+        language.family.site(language.model, layer)
+        space = FeatureSpace(
+            model=language.ref,
+            model_hash=language.hash,
+            layer=layer,
+            sae=dictionary.ref,
+            sae_hash=dictionary.hash,
+            n_features=dictionary.n_features,
+            d_model=dictionary.d_model,
+            rule=dictionary.rule,
+            template_offset=language.template_offset,
+        )
+        return cls(language, dictionary, space)
+
+    def encode(
+        self,
+        rendered: list[Rendered],
+        *,
+        token_budget: int = 8192,
+        residual: bool = False,
+        half: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Codes:
+        """Features of the content tokens of rendered texts, sparse at once.
+
+        Memory: the codes themselves, one padded batch of the residual stream, and ``models.sae.CHUNK_BYTES``.
+
+        Args:
+            rendered: Texts.
+            token_budget: Padded tokens in one forward pass at most.
+            residual: Keep the residual stream of the content tokens too.
+            half: Keep it in float16 (values beyond its range become infinite).
+            advance: Called with the content tokens done after each batch.
+        """
+        parts: list[sp.csr_matrix] = []
+        docs: list[np.ndarray] = []
+        states: list[np.ndarray] = []
+        wanted = [r.ids if len(r.content) else [] for r in rendered]
+        for rows, hidden in self.language.stream(wanted, self.space.layer, token_budget):
+            width = hidden.shape[1]
+            pick = np.concatenate([j * width + rendered[i].content for j, i in enumerate(rows)])
+            x = hidden.reshape(-1, self.space.d_model)[torch.from_numpy(pick).to(hidden.device)].float()
+            parts.append(self.dictionary.encode(x))
+            docs.append(np.concatenate([np.full(len(rendered[i].content), i, dtype=np.int32) for i in rows]))
+            if residual:
+                states.append((x.half() if half else x).cpu().numpy())
+            if advance:
+                advance(len(pick))
+        if not parts:
+            empty = np.zeros((0, self.space.d_model), np.float32) if residual else None
+            return Codes(sp.csr_matrix((0, self.space.n_features), dtype=np.float32), np.zeros(0, np.int32), empty)
+        doc = np.concatenate(docs)
+        order = np.argsort(doc, kind="stable")
+        tokens = sp.csr_matrix(sp.vstack(parts, format="csr")[order])
+        return Codes(tokens, doc[order], np.concatenate(states)[order] if residual else None)
+
+    def encode_texts(
+        self, texts: list[str], *, max_tokens: int = 512, token_budget: int = 8192
+    ) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """Max-pooled features of texts, in memory.
+
+        Args:
+            texts: Texts; each becomes one user turn.
+            max_tokens: Longer ones are cut here.
+            token_budget: Padded tokens in one forward pass at most.
+
+        Returns:
+            Maxima over content tokens, float32 CSR [texts, n_features], and their positions plus one, int32 CSR with
+            the same pattern.
+        """
+        codes = self.encode(self._cut(texts, max_tokens), token_budget=token_budget)
+        return max_over_tokens(codes.tokens, codes.docs, len(texts))
+
+    def _cut(self, texts: list[str], max_tokens: int) -> list[Rendered]:
+        return [r.cut(max_tokens)[0] for r in self.language.render_many(texts)]
+
+    def reconstruction(self, texts: list[str], *, max_tokens: int = 512) -> dict[str, float]:
+        """How well the SAE reconstructs the content tokens of texts.
+
+        Returns:
+            ``nmse`` (squared error over squared deviation from the mean), ``l0`` (mean active features per token),
+            ``dead`` (fraction of features that never fire), ``tokens``.
+
+        Raises:
+            TransferError: When the texts hold no token.
+        """
+        d = self.space.d_model
+        error, square, n, total = 0.0, 0.0, 0, np.zeros(d)
+        fired, active = np.zeros(self.space.n_features, dtype=bool), 0
+        rendered = self._cut(texts, max_tokens)
+        for i in range(0, len(rendered), 256):
+            codes = self.encode(rendered[i : i + 256], residual=True)
+            assert codes.residual is not None
+            x = torch.from_numpy(codes.residual)
+            made: Tensor = self.dictionary.decode(codes.tokens, x).cpu()
+            error += float((x - made).double().pow(2).sum())
+            square += float(x.double().pow(2).sum())
+            total += x.double().sum(0).numpy()
+            n += len(x)
+            fired[codes.tokens.indices] = True
+            active += codes.tokens.nnz
+        if n == 0:
+            raise TransferError("None of the texts holds a token to reconstruct.")
+        spread = square - float(total @ total) / n
+        return {
+            "nmse": error / max(spread, 1e-12),
+            "l0": active / n,
+            "dead": float(1 - fired.mean()),
+            "tokens": float(n),
+        }
+
+    def self_check(self, texts: list[str]) -> dict[str, Any]:
+        """Compare reconstruction error and L0 on some texts with the SAE's card.
+
+        Args:
+            texts: Best the ones the card was made on (``card["sae"]["check"]["texts_hash"]`` is their digest).
+
+        Returns:
+            ``nmse``, ``l0``, ``dead``, ``tokens``, ``checked`` (whether there was a card to compare with) and
+            ``same_texts``.
+
+        Raises:
+            TransferError: When the error differs by more than 25 % and 0.02, or L0 by more than 25 %: then the SAE
+                most likely belongs to another model or layer.
+        """
+        found = self.reconstruction(texts)
+        expected = (self.dictionary.card.get("sae") or {}).get("check")
+        if not expected:
+            if found["nmse"] > 1:
+                say(
+                    f"{self.space.sae} explains nothing of {self.space.model} (error {found['nmse']:.2f}), and no card says why"
+                )
+            return {**found, "checked": False, "same_texts": False}
+        off = [
+            f"{name} is {found[key]:.3g}, its card says {expected[key]:.3g}"
+            for name, key, slack in (("reconstruction error", "nmse", 0.02), ("mean L0", "l0", 0.0))
+            if abs(found[key] - expected[key]) > 0.25 * abs(expected[key]) + slack
+        ]
+        if off:
+            raise TransferError(
+                f"{self.space.sae} does not fit {self.space.model} at layer {self.space.layer}: {'; '.join(off)}.",
+                "Check the base model, its revision and the layer.",
+            )
+        return {**found, "checked": True, "same_texts": expected.get("texts_hash") == digest(list(texts))}

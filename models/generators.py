@@ -1,0 +1,225 @@
+"""Text generators behind one interface: a steered local base model, and a scripted one for tests and dry runs."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from models.zoo.corpus import request_list
+from transfer.core.console import progress
+from transfer.core.errors import TransferError
+from transfer.core.objects import digest
+
+if TYPE_CHECKING:
+    import torch
+
+
+_EXAMPLE = 300
+"""Longest example in a list prompt, in characters: small models have short contexts, and a list needs several."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One request for texts that activate one feature."""
+
+    examples: tuple[str, ...]
+    """Texts that activate it, the most telling one last."""
+    n: int
+    """Texts wanted."""
+    seed: int
+    steer: np.ndarray | None = None
+    """What strength 1 adds to the residual stream, float32 [d_model]."""
+    strength: float = 0.0
+    contrast: tuple[str, str] | None = None
+    """(x+, x−): the texts that activated the feature most and least so far; x− may be empty."""
+
+    def hash(self, generator: str) -> str:
+        """Lineage key: everything that decides what ``generator`` is asked."""
+        steer = None
+        if self.steer is not None and self.strength:
+            steer = hashlib.sha256(np.ascontiguousarray(self.steer, dtype=np.float32).tobytes()).hexdigest()
+        return digest([generator, self.examples, self.n, self.seed, steer, self.strength, self.contrast])
+
+
+class Generator(Protocol):
+    """Writes texts."""
+
+    @property
+    def name(self) -> str:
+        """What wrote, for lineage: kind, model and settings that change the text."""
+        ...
+
+    @property
+    def steerable(self) -> bool:
+        """Whether ``Prompt.steer`` has an effect."""
+        ...
+
+    def generate(self, requests: list[Prompt]) -> list[list[str]]:
+        """For each request, exactly ``n`` texts (empty where nothing came)."""
+        ...
+
+
+class LanguageLike(Protocol):
+    """The part of a language adapter that a local generator needs."""
+
+    def generate(
+        self,
+        prompts: list[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        steer: tuple[int, torch.Tensor] | None,
+        stop: str | None,
+        batch_size: int,
+    ) -> list[str]:
+        """One continuation a prompt, cut at ``stop``."""
+        ...
+
+
+class SteeredGenerator:
+    """A small base model that continues a list of example requests while it is steered along a feature.
+
+    The prompt is the list of ``models.zoo.corpus.request_list`` with one more dash; the continuation up to the line
+    end is the text. The prompt ends with the dash, not with a blank: tokenizers join a blank to the word after it,
+    so a prompt that ends in one would ask for a token the model has hardly seen there. In the second step x+ stands
+    last in the list, where a base model heeds it most, and examples nearer to x− than to x+ are left out.
+
+    Args:
+        language: The language adapter.
+        layer: Canonical layer that steering adds to.
+        model: Name of the model, for lineage.
+        max_new_tokens: Longest text.
+        temperature: Sampling temperature.
+        top_p: Nucleus.
+        batch_size: Rows in one forward pass.
+        chunk: Rows between two progress reports; each chunk is one call with a seed of its own.
+    """
+
+    steerable = True
+
+    def __init__(
+        self,
+        language: LanguageLike,
+        layer: int,
+        *,
+        model: str,
+        max_new_tokens: int = 40,
+        temperature: float = 0.8,
+        top_p: float = 0.9,
+        batch_size: int = 64,
+        chunk: int = 256,
+    ) -> None:
+        self.language = language
+        self.layer = layer
+        self.settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        self.batch_size = batch_size
+        self.chunk = chunk
+        # Batch and chunk decide which random numbers a row gets, so they belong to what wrote the text.
+        self.name = f"steered:{model}@{layer}#{digest([self.settings, batch_size, chunk], 6)}"
+
+    def generate(self, requests: list[Prompt]) -> list[list[str]]:
+        """See ``Generator``. All rows of all requests share batches; each row has its own steering vector."""
+        rows = [(i, j) for i, request in enumerate(requests) for j in range(request.n)]
+        out: list[list[str]] = [[] for _ in requests]
+        with progress("generate", len(rows), "texts") as advance:
+            for begin in range(0, len(rows), self.chunk):
+                part = rows[begin : begin + self.chunk]
+                asked = [requests[i] for i, _ in part]
+                texts = self.language.generate(
+                    [self.prompt(requests[i], j) for i, j in part],
+                    seed=int(digest([begin, [r.seed for r in asked]], 8), 16) % 2**31,
+                    steer=self._steer(asked),
+                    stop="\n",
+                    batch_size=self.batch_size,
+                    **self.settings,
+                )
+                if len(texts) != len(part):
+                    raise TransferError(f"{self.name} answered {len(texts)} of {len(part)} prompts.")
+                for (i, _), text in zip(part, texts, strict=True):
+                    out[i].append(text.split("\n", 1)[0].strip())
+                advance(len(part))
+        return out
+
+    @staticmethod
+    def prompt(request: Prompt, attempt: int = 0) -> str:
+        """The text that the model continues; each attempt of a request has its own order of the examples."""
+        *others, last = request.examples or ("",)
+        if request.contrast:
+            positive, negative = request.contrast
+            near = [x for x in (*others, last) if x != positive and _nearer(x, positive, negative)]
+            others, last = near, positive
+        random.Random(request.seed * 7919 + attempt).shuffle(others)
+        return request_list([_shortened(x) for x in (*others, last) if x]) + "\n-"
+
+    def _steer(self, asked: Sequence[Prompt]) -> tuple[int, torch.Tensor] | None:
+        vectors = [
+            (row, r.steer * np.float32(r.strength))
+            for row, r in enumerate(asked)
+            if r.steer is not None and r.strength != 0
+        ]
+        if not vectors:
+            return None
+        import torch
+
+        block = np.zeros((len(asked), len(vectors[0][1])), dtype=np.float32)
+        for row, vector in vectors:
+            block[row] = vector
+        return self.layer, torch.from_numpy(block)
+
+
+def _shortened(text: str) -> str:
+    """One line of at most ``_EXAMPLE`` characters, cut between words."""
+    line = " ".join(text.split())
+    return line if len(line) <= _EXAMPLE else line[:_EXAMPLE].rsplit(" ", 1)[0]
+
+
+def _nearer(text: str, positive: str, negative: str) -> bool:
+    """Whether a text has at least as many words in common with x+ as with x− (Jaccard)."""
+    words = set(text.casefold().split())
+
+    def shared(other: str) -> float:
+        theirs = set(other.casefold().split())
+        return len(words & theirs) / max(len(words | theirs), 1)
+
+    return not negative or shared(positive) >= shared(negative)
+
+
+class ScriptedGenerator:
+    """Deterministic texts without a model: for tests and dry runs.
+
+    Args:
+        write: Given the prompt and the attempt, the text. By default words of the examples in an order drawn from
+            the prompt's seed.
+        name: For lineage.
+        steerable: Whether strengths are spread over.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[Prompt, int], str] | None = None,
+        *,
+        name: str = "scripted",
+        steerable: bool = True,
+    ) -> None:
+        self.name = name
+        self.steerable = steerable
+        self.write = write or _shuffled_words
+        self.calls = 0
+
+    def generate(self, requests: list[Prompt]) -> list[list[str]]:
+        """See ``Generator``."""
+        self.calls += 1
+        return [[self.write(request, j) for j in range(request.n)] for request in requests]
+
+
+def _shuffled_words(prompt: Prompt, attempt: int) -> str:
+    words = sorted({w for text in prompt.examples for w in text.split()})
+    rng = random.Random(prompt.seed * 7919 + attempt)
+    return " ".join(rng.sample(words, min(len(words), 12)))

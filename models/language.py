@@ -1,0 +1,384 @@
+"""One language model behind one interface: render, capture a layer, steer, generate, score."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.family import Family, family_of
+from models.hooks import editing, output_at, steering
+from models.refs import local, parse
+from models.tokens import Rendered, Renderer
+from transfer.core.errors import TransferError
+from transfer.core.files import file_hash
+from transfer.core.objects import digest
+
+SCHEMES = {"zoo": "zoo:<name>", "path": "path:<folder>", "hub": "hub:<org/name>@<revision>"}
+_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "chat_template*", "special_tokens*")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Rows grouped by falling length so that no padded batch holds more than ``token_budget`` positions.
+
+    A single row longer than the budget forms its own batch; empty rows belong to none.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    groups, i = [], 0
+    while i < len(order):
+        n = max(1, token_budget // int(lengths[order[i]]))
+        groups.append(order[i : i + n])
+        i += n
+    return groups
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A loaded causal language model with its tokenizer; weights are frozen and the model is in evaluation mode."""
+
+    ref: str
+    hash: str
+    family: Family
+    model: Any
+    """The transformers causal language model."""
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, ref: str, *, dtype: str = "float32", device: str = "cpu") -> Self:
+        """Load a model.
+
+        Args:
+            ref: ``zoo:<name>``, ``path:<folder>`` or ``hub:<org/name>@<revision>``.
+            dtype: ``float32``, ``bfloat16`` or ``float16``.
+            device: A torch device.
+
+        Raises:
+            TransferError: When the reference, the files or the family cannot be used.
+        """
+        scheme, rest = parse(ref, SCHEMES, "model")
+        if dtype not in DTYPES:
+            raise TransferError(f"Unknown dtype {dtype!r}.", f"Use {', '.join(DTYPES)}.")
+        if scheme == "hub":
+            name, _, revision = rest.partition("@")
+            if not revision:
+                raise TransferError(f"{ref} names no revision.", f"Pin one, such as hub:{name}@main.")
+            place, options = name, {"revision": revision}
+        else:
+            folder = local(scheme, rest, ref, "model")
+            if not (folder / "config.json").is_file():
+                raise TransferError(f"{folder} holds no model (no config.json).", f"Check the reference {ref}.")
+            if not any(folder.glob("*.safetensors")):
+                raise TransferError(f"{folder} holds no weights (*.safetensors).", "Save the model as safetensors.")
+            place, options = str(folder), {"local_files_only": True}
+        config, model, tokenizer = _read(ref, place, options, DTYPES[dtype])
+        if scheme == "hub":
+            revision = getattr(config, "_commit_hash", None) or options["revision"]
+            content = digest([revision, digest(config.to_dict())])
+        else:
+            content = file_hash(*sorted({f for pattern in _FILES for f in Path(place).glob(pattern)}))
+        model.requires_grad_(False).eval().to(device)
+        return cls(ref=ref, hash=content, family=family_of(config), model=model, tokenizer=tokenizer)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.model.config.hidden_size
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers; canonical layers run from 0 (embeddings) to this number."""
+        return len(self.family.part(self.model, self.family.layers))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    # Text in.
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Texts to tokens for this tokenizer."""
+        return Renderer(self.tokenizer)
+
+    def render(self, text: str) -> Rendered:
+        """One text as one user turn of the chat template; see ``Renderer.render``."""
+        return self.renderer.render([text])[0]
+
+    def render_many(self, texts: list[str]) -> list[Rendered]:
+        """Several texts at once, which is much faster."""
+        return self.renderer.render(texts)
+
+    @cached_property
+    def template_offset(self) -> int:
+        """Tokens before the user's words, found from a probe text."""
+        return int(self.render("Hello").content[0])
+
+    @cached_property
+    def pad_id(self) -> int:
+        """A token to fill rows with; what it stands for does not matter, no result depends on it."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else 0
+
+    def _padded(self, ids: list[list[int]], left: bool = False) -> Tensor:
+        width = max(map(len, ids))
+        block = np.full((len(ids), width), self.pad_id, dtype=np.int64)
+        for row, line in zip(block, ids, strict=True):
+            row[width - len(line) if left else 0 : width if left else len(line)] = line
+        return torch.from_numpy(block).to(self.device)
+
+    # Residual stream out.
+
+    def stream(self, ids: list[list[int]], layer: int, token_budget: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """The residual stream at one layer, batch by batch; the forward pass stops there.
+
+        Rows are padded on the right. Causal attention keeps padding out of all real positions, so no mask is built.
+
+        Args:
+            ids: Token ids per row.
+            layer: Canonical layer.
+            token_budget: Padded positions in one forward pass at most (one longer row alone may exceed it).
+
+        Yields:
+            Row numbers [B], and their residual stream [B, T, d_model] in the model's dtype.
+
+        Raises:
+            TransferError: For a layer out of range.
+        """
+        site = self.family.site(self.model, layer)
+        base = self.family.part(self.model, self.family.base)
+        for rows in batches(np.array([len(line) for line in ids], dtype=np.int64), token_budget):
+            block = self._padded([ids[i] for i in rows])
+            with torch.inference_mode():
+                hidden = output_at(site, lambda block=block: base(input_ids=block, use_cache=False))
+            yield rows, hidden
+
+    def capture(self, ids: list[list[int]], layer: int, *, token_budget: int = 8192) -> list[Tensor]:
+        """The residual stream at ``layer``: equal to transformers' ``hidden_states[layer]`` before any final norm.
+
+        Returns:
+            Per row, float32 [len, d_model], in input order.
+
+        Raises:
+            TransferError: For a layer out of range.
+        """
+        found = [torch.zeros(0, self.d_model)] * len(ids)
+        for rows, hidden in self.stream(ids, layer, token_budget):
+            for i, states in zip(rows, hidden, strict=True):
+                found[i] = states[: len(ids[i])].float().clone()
+        return found
+
+    def steering(
+        self, layer: int, vectors: Tensor, *, strength: float = 1.0, start: Tensor | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Add ``strength × vectors`` to the residual stream at ``layer`` inside the block; see ``models.hooks``.
+
+        Args:
+            layer: Canonical layer.
+            vectors: One vector a row [B, d_model], or one for all [d_model].
+            strength: Factor.
+            start: First position to steer per row [B] in the padded sequence; all positions when left out.
+
+        Raises:
+            TransferError: For a layer out of range, or when the block ran no forward pass.
+        """
+        return steering(self.family.site(self.model, layer), vectors, strength, start)
+
+    # Text out.
+
+    def generate(
+        self,
+        prompts: list[str],
+        *,
+        max_new_tokens: int = 40,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        steer: tuple[int, Tensor] | None = None,
+        stop: str | None = None,
+        batch_size: int = 64,
+    ) -> list[str]:
+        """Continue raw texts (no chat template; behind BOS where the tokenizer has one).
+
+        Args:
+            prompts: One row each.
+            max_new_tokens: Longest continuation.
+            temperature: 0 decodes greedily.
+            top_p: Nucleus.
+            seed: Decides all sampling; the global random state is left as it was.
+            steer: Canonical layer and what is added to the residual stream there at every position [B, d_model].
+            stop: Continuations end before this string.
+            batch_size: Rows in one forward pass; part of what decides the random numbers a row gets.
+
+        Returns:
+            Continuations without the prompt, ended before the first special token or ``stop``.
+
+        Raises:
+            TransferError: When a prompt does not fit, or steering rows do not match.
+        """
+        from models.sampling import sample
+
+        ids = self.renderer.plain(prompts)
+        room = self.model.config.max_position_embeddings - max_new_tokens
+        longest = max(map(len, ids), default=0)
+        if longest > room:
+            raise TransferError(
+                f"A prompt has {longest} tokens, {self.ref} has room for {room}.", "Shorten the examples."
+            )
+        if steer is not None and steer[1].shape != (len(prompts), self.d_model):
+            raise TransferError(
+                f"Steering vectors are {tuple(steer[1].shape)}, expected ({len(prompts)}, {self.d_model})."
+            )
+        texts: list[str] = []
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            for begin in range(0, len(ids), batch_size):
+                rows = slice(begin, begin + batch_size)
+                block = self._padded([line or [self.pad_id] for line in ids[rows]], left=True)
+                width = torch.tensor([max(len(line), 1) for line in ids[rows]], device=self.device)
+                mask = torch.arange(block.shape[1], device=self.device) >= block.shape[1] - width[:, None]
+                hook = contextlib.nullcontext() if steer is None else self.steering(steer[0], steer[1][rows])
+                with hook:
+                    texts += sample(
+                        self.model,
+                        self.renderer.bytes,
+                        block,
+                        mask.long(),
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                        top_p=top_p,
+                        stop=stop,
+                        pad_id=self.pad_id,
+                    )
+        return texts
+
+    # Scores.
+
+    def nll(
+        self,
+        ids: list[list[int]],
+        targets: list[np.ndarray],
+        *,
+        edit: tuple[int, Callable[[np.ndarray, Tensor], Tensor]] | None = None,
+        token_budget: int = 8192,
+    ) -> np.ndarray:
+        """Negative log-likelihood of chosen tokens; the unembedding runs on the positions that predict them only.
+
+        Args:
+            ids: Token ids per row.
+            targets: Per row, positions (≥ 1) of the tokens to score; each is predicted from the position before it.
+            edit: Canonical layer, and a function of (row numbers [B], residual stream [B, T, d_model]) that replaces
+                the residual stream there.
+            token_budget: Padded positions in one forward pass at most.
+
+        Returns:
+            Nats per row, float64 [rows].
+        """
+        total = np.zeros(len(ids))
+        base = self.family.part(self.model, self.family.base)
+        head = self.family.part(self.model, self.family.unembedding)
+        for rows in batches(np.array([len(line) for line in ids], dtype=np.int64), token_budget):
+            at_row = np.concatenate([np.full(len(targets[i]), j) for j, i in enumerate(rows)])
+            at = np.concatenate([targets[i] for i in rows]).astype(np.int64)
+            if not len(at):
+                continue
+            block = self._padded([ids[i] for i in rows])
+            hook: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if edit is not None:
+                layer, change = edit
+                hook = editing(self.family.site(self.model, layer), lambda h, c=change, r=rows: c(r, h))
+            with torch.inference_mode(), hook:
+                hidden = base(input_ids=block, use_cache=False).last_hidden_state
+                for begin in range(0, len(at), 1024):
+                    i, j = torch.from_numpy(at_row[begin : begin + 1024]), torch.from_numpy(at[begin : begin + 1024])
+                    logits = head(hidden[i, j - 1]).float()
+                    loss = torch.nn.functional.cross_entropy(logits, block[i, j], reduction="none")
+                    np.add.at(total, rows[i.numpy()], loss.double().cpu().numpy())
+        return total
+
+    def log_likelihood(self, texts: list[str], *, token_budget: int = 8192) -> tuple[float, int]:
+        """Negative log-likelihood of raw texts, for bits per byte = nats / bytes / ln 2.
+
+        Texts longer than the context are scored in windows that share one token. A tokenizer without BOS leaves the
+        first token unpredicted; its bytes are not counted then.
+
+        Returns:
+            Total nats, and the UTF-8 bytes they predict.
+        """
+        context = self.model.config.max_position_embeddings
+        lines = self.renderer.plain(texts)
+        windows = [line[i : i + context] for line in lines for i in range(0, max(len(line) - 1, 0), context - 1)]
+        nats = self.nll(windows, [np.arange(1, len(w)) for w in windows], token_budget=token_budget)
+        n_bytes = sum(len(text.encode()) for text in texts)
+        if self.tokenizer.bos_token is None:
+            n_bytes -= sum(int(self.renderer.bytes.lengths[line[0]]) for line in lines if line)
+        return float(nats.sum()), n_bytes
+
+    # Weights.
+
+    def unembedding(self, ids: np.ndarray | None = None) -> np.ndarray:
+        """Unembedding rows with the final norm's weight folded in, so that they read the residual stream directly.
+
+        Args:
+            ids: Token ids wanted; all when left out.
+
+        Returns:
+            float32 [tokens, d_model].
+        """
+        weight: Tensor = self.family.part(self.model, self.family.unembedding).weight
+        gain: Tensor = self.family.part(self.model, self.family.norm).weight
+        if ids is not None:
+            weight = weight[torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(weight.device)]
+        return (weight.float() * gain.float()).detach().cpu().numpy()
+
+    def vocabulary(self) -> dict[bytes, int]:
+        """Bytes that each ordinary token writes → its id; byte strings compare across tokenizer styles."""
+        return self.renderer.bytes.vocabulary
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars away inside the block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _read(ref: str, place: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Configuration, model and tokenizer, with every failure as one sentence."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(place, **options)
+        family_of(config)
+        with no_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().split("\n")[0]
+        hint = "Check its name and revision, and that this machine can reach the hub or has it in its cache."
+        raise TransferError(f"{ref} could not be loaded ({first}).", hint if ref.startswith("hub:") else "") from error
+    # transformers only warns and draws such weights at random.
+    lacking = sorted(info["missing_keys"]) + sorted(str(k) for k in info.get("mismatched_keys", ()))
+    if lacking:
+        raise TransferError(f"{ref} lacks {len(lacking)} weights, first {lacking[0]}.", "Its files are incomplete.")
+    return config, model, tokenizer

@@ -1,0 +1,253 @@
+"""Sparse autoencoders through SAELens: sparse at once, never dense beyond a chunk, and without state between calls."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from models.refs import local, parse
+from transfer.core.errors import TransferError
+from transfer.core.files import file_hash, read_json
+from transfer.core.objects import digest
+
+SCHEMES = {"zoo": "zoo:<name>/<folder>", "path": "path:<folder or .pth>", "saelens": "saelens:<release>/<sae_id>"}
+RULES = {"topk": "topk-{k}", "standard": "relu", "jumprelu": "jumprelu", "gated": "gated"}
+"""Activation rule by SAELens architecture; others (transcoders, temporal, signed) do not fit a feature space."""
+CHUNK_BYTES = 64 << 20
+"""Largest dense block [tokens, n_features] that encoding holds: 64 MiB, or one token's row where that is larger."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """One SAE."""
+
+    ref: str
+    hash: str
+    sae: Any
+    """The SAELens module, frozen."""
+    card: dict[str, Any] = field(default_factory=dict)
+    """``card.json`` of the SAE's folder, or the card in its metadata; empty when there is none."""
+
+    @classmethod
+    def load(cls, ref: str, device: str = "cpu") -> Self:
+        """Load an SAE in float32.
+
+        Args:
+            ref: ``zoo:<name>/<folder>``, ``path:<folder or FAC .pth>`` or ``saelens:<release>/<sae_id>``.
+            device: A torch device.
+
+        Raises:
+            TransferError: When the reference, the files or the architecture cannot be used.
+        """
+        from sae_lens import SAE
+
+        from models.fac import fac_loader
+
+        scheme, rest = parse(ref, SCHEMES, "SAE")
+        card: dict[str, Any] = {}
+        content = ""
+        try:
+            if scheme == "saelens":
+                sae = SAE.from_pretrained(*_release(rest, ref), device=device, dtype="float32")
+            else:
+                path = local(scheme, rest, ref, "SAE")
+                if path.is_file():
+                    sae = SAE.load_from_disk(path, device=device, dtype="float32", converter=fac_loader)
+                    content = file_hash(path)
+                else:
+                    files = [path / "cfg.json", path / "sae_weights.safetensors"]
+                    absent = [f.name for f in files if not f.is_file()]
+                    if absent:
+                        raise TransferError(f"{path} is no SAELens folder: it lacks {', '.join(absent)}.")
+                    sae = SAE.load_from_disk(path, device=device, dtype="float32")
+                    content = file_hash(*files)
+                    if (path / "card.json").is_file():
+                        card = read_json(path / "card.json")
+        except TransferError:
+            raise
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).split("\n")[0]
+            hint = "Check the release and the network." if scheme == "saelens" else ""
+            raise TransferError(f"{ref} could not be loaded ({first}).", hint) from error
+        architecture = sae.cfg.architecture()
+        if architecture not in RULES or sae.cfg.reshape_activations != "none":
+            raise TransferError(
+                f"{ref} is a {architecture} SAE.", f"Residual-stream SAEs of type {', '.join(RULES)} work."
+            )
+        sae.requires_grad_(False).eval()
+        return cls(ref, content or _state_hash(sae), sae, card or dict(sae.cfg.metadata.get("card") or {}))
+
+    @property
+    def n_features(self) -> int:
+        """Width."""
+        return self.sae.cfg.d_sae
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream it reads."""
+        return self.sae.cfg.d_in
+
+    @property
+    def k(self) -> int | None:
+        """Features that stay active per token; ``None`` where the number varies."""
+        return self.sae.cfg.k if self.sae.cfg.architecture() == "topk" else None
+
+    @property
+    def rule(self) -> str:
+        """Activation rule, such as ``topk-16``."""
+        return RULES[self.sae.cfg.architecture()].format(k=self.k)
+
+    @cached_property
+    def layer(self) -> int | None:
+        """Canonical layer from the metadata: ``layer``, or read off the hook name; ``None`` when neither says.
+
+        Raises:
+            TransferError: When the SAE was trained somewhere else than the residual stream.
+        """
+        metadata = self.sae.cfg.metadata
+        if isinstance(metadata.get("layer"), int):
+            return metadata.get("layer")
+        names = [n for n in (metadata.get("hook_name"), metadata.get("hf_hook_name")) if n]
+        for name in names:
+            if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", name):
+                return int(match[1]) + (match[2] == "post")
+            if match := re.fullmatch(r"(?:model\.)?(?:model\.)?layers\.(\d+)", name):
+                return int(match[1]) + 1
+        if names:
+            raise TransferError(f"{self.ref} reads {names[0]}, which is not the residual stream after a layer.")
+        return None
+
+    @cached_property
+    def _norms(self) -> Tensor | None:
+        """Decoder norms that SAELens scales activations with, computed once; ``None`` where it does not."""
+        return self.sae.W_dec.norm(dim=-1) if getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False) else None
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Input as the SAE wants it, with the factor and shift that undo it (SAELens keeps those on the module)."""
+        mode = self.sae.cfg.normalize_activations
+        if mode == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / self.d_model**0.5
+            return x * (1 / scale), scale, 0.0
+        if mode == "layer_norm":
+            shift = x.mean(dim=-1, keepdim=True)
+            scale = (x - shift).std(dim=-1, keepdim=True)
+            return (x - shift) / (scale + 1e-5), scale, shift
+        return x, x.new_ones(1), 0.0
+
+    @torch.inference_mode()
+    def encode(self, x: Tensor, chunk_bytes: int = CHUNK_BYTES) -> sp.csr_matrix:
+        """Codes of residual-stream vectors, equal to SAELens' ``encode``.
+
+        Args:
+            x: [tokens, d_model].
+            chunk_bytes: Largest dense block [tokens of a chunk, n_features] held at once, in bytes (at least one row).
+
+        Returns:
+            float32 CSR [tokens, n_features], columns ascending in each row, explicit zeros dropped.
+
+        Raises:
+            TransferError: When the width differs or a code is not finite.
+        """
+        if x.shape[-1] != self.d_model:
+            raise TransferError(f"{self.ref} reads width {self.d_model}, got {x.shape[-1]}.")
+        step = max(1, chunk_bytes // (4 * self.n_features))
+        encode = self._topk if self.k is not None else self._any
+        parts = [encode(x[i : i + step].to(self.sae.device, torch.float32)) for i in range(0, len(x), step)]
+        counts = np.concatenate([np.zeros(1, np.int64), *(p[0] for p in parts)])
+        columns = np.concatenate([np.zeros(0, np.int32), *(p[1] for p in parts)])
+        values = np.concatenate([np.zeros(0, np.float32), *(p[2] for p in parts)])
+        if not np.all(np.isfinite(values)):
+            raise TransferError(f"{self.ref} gave codes that are not finite.", "Use float32 for the model.")
+        codes = sp.csr_matrix((values, columns, np.cumsum(counts)), shape=(len(x), self.n_features))
+        codes.has_sorted_indices = True
+        return codes
+
+    def _topk(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sae = self.sae
+        x = self._normalised(x)[0] - sae.b_dec * sae.cfg.apply_b_dec_to_input
+        pre = x @ sae.W_enc + sae.b_enc
+        if self._norms is not None:
+            pre = pre * self._norms
+        values, columns = torch.topk(pre, self.sae.cfg.k, dim=-1, sorted=False)
+        columns, order = columns.sort(dim=-1)
+        values = values.gather(-1, order)
+        live = values > 0
+        return (
+            live.sum(-1).cpu().numpy(),
+            columns[live].to(torch.int32).cpu().numpy(),
+            values[live].cpu().numpy(),
+        )
+
+    def _any(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        dense = self.sae.encode(x)
+        live = dense != 0
+        return (
+            live.sum(-1).cpu().numpy(),
+            live.nonzero()[:, 1].to(torch.int32).cpu().numpy(),
+            dense[live].cpu().numpy(),
+        )
+
+    @torch.inference_mode()
+    def decode(self, codes: sp.csr_matrix, x: Tensor | None = None) -> Tensor:
+        """Reconstructions, equal to SAELens' ``decode`` but reading the active decoder rows only.
+
+        Args:
+            codes: CSR [tokens, n_features].
+            x: The encoded vectors [tokens, d_model]; needed by SAEs that normalise each input.
+
+        Returns:
+            float32 [tokens, d_model].
+
+        Raises:
+            TransferError: When ``x`` is needed and missing.
+        """
+        if x is None and self.sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            raise TransferError(f"{self.ref} normalises each input, so decoding needs the inputs too.")
+        device = self.sae.device
+        columns = torch.from_numpy(codes.indices.astype(np.int64)).to(device)
+        values = torch.from_numpy(codes.data.astype(np.float32)).to(device)
+        starts = torch.from_numpy(codes.indptr[:-1].astype(np.int64)).to(device)
+        if self._norms is not None:
+            values = values / self._norms[columns]
+        out = torch.nn.functional.embedding_bag(columns, self.sae.W_dec, starts, mode="sum", per_sample_weights=values)
+        out = out + self.sae.b_dec
+        if x is None:
+            return out
+        _, scale, shift = self._normalised(x.to(device, torch.float32))
+        return out * scale + shift
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """What the SAE makes of residual-stream vectors [tokens, d_model]."""
+        return self.decode(self.encode(x), x)
+
+    def directions(self) -> np.ndarray:
+        """What one unit of each feature adds to the reconstruction, float32 [n_features, d_model]."""
+        rows = self.sae.W_dec if self._norms is None else self.sae.W_dec / self._norms[:, None]
+        return rows.float().cpu().numpy()
+
+
+def _release(rest: str, ref: str) -> tuple[str, str]:
+    """Release (or hub repository) and SAE id."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release, slash, name = rest.partition("/")
+    if release not in get_pretrained_saes_directory():
+        owner, slash, more = rest.partition("/")
+        repository, slash, name = more.partition("/")
+        release = f"{owner}/{repository}"
+    if not slash or not name:
+        raise TransferError(f"{ref!r} names no SAE.", f"Write {SCHEMES['saelens']}.")
+    return release, name
+
+
+def _state_hash(sae: Any) -> str:
+    parts = [(k, digest(v.detach().cpu().float().numpy().tobytes())) for k, v in sorted(sae.state_dict().items())]
+    return digest([sae.cfg.architecture(), getattr(sae.cfg, "k", None), parts])

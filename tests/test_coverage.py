@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transfer.core.errors import TransferError
+from transfer.core.objects import CoverageReport, FeatureSet, FeatureSpace
+from transfer.coverage import (
+    DeltaRule,
+    activated,
+    alive,
+    coverage,
+    fires,
+    kl_terms,
+    missing_hit_rate,
+    thresholds,
+)
+
+
+def space(n: int) -> FeatureSpace:
+    return FeatureSpace("zoo:llama", "m", 3, "zoo:llama", "s", n, 8, "topk-2", 5)
+
+
+def csr(rows: list[list[float]]) -> sp.csr_matrix:
+    return sp.csr_matrix(np.array(rows, dtype=np.float32))
+
+
+def scattered(rng: np.random.Generator, n_docs: int, n: int, density: float) -> sp.csr_matrix:
+    return sp.csr_matrix((rng.random((n_docs, n)) * (rng.random((n_docs, n)) < density)).astype(np.float32))
+
+
+def chosen(n: int, ids: list[int]) -> FeatureSet:
+    return FeatureSet(space(n), np.array(ids), "test", labels=tuple("x" for _ in ids))
+
+
+def test_quantile_thresholds_are_each_features_own():
+    docs = csr([[1, 0, 5, 0], [3, 0, 0, 0], [2, 0, 9, 0], [0, 4, 0, 0]])
+    assert thresholds(docs).tolist() == [2, 4, 7, 0]
+    assert thresholds(docs, DeltaRule("quantile", 0.25)).tolist() == [1.5, 4, 6, 0]
+    assert thresholds(docs, DeltaRule("quantile", 0)).tolist() == [1, 4, 5, 0]
+    assert thresholds(docs, DeltaRule.parse("constant:1.5")).tolist() == [1.5] * 4
+    assert thresholds(docs).dtype == np.float32
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.1, 0.5, 0.9]))
+def test_thresholds_agree_with_numpy(seed: int, q: float):
+    rng = np.random.default_rng(seed)
+    docs = scattered(rng, 30, 12, 0.3)
+    mine = thresholds(docs, DeltaRule("quantile", q))
+    dense = docs.toarray()
+    for i in range(12):
+        positive = dense[:, i][dense[:, i] > 0]
+        expected = np.quantile(positive.astype(np.float64), q) if len(positive) else 0.0
+        assert mine[i] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["quantile", "median:0.5", "quantile:1", "constant:-1", "constant:nan", ":"])
+def test_bad_rules_are_refused(text: str):
+    with pytest.raises(TransferError):
+        DeltaRule.parse(text)
+
+
+def test_the_rule_text_round_trips():
+    assert DeltaRule.parse(str(DeltaRule("quantile", 0.75))) == DeltaRule("quantile", 0.75)
+
+
+def test_activation_is_strict():
+    docs = csr([[1, 2, 0], [0, 2, 3]])
+    delta = np.array([1, 1.5, 0], dtype=np.float32)
+    assert fires(docs, delta).toarray().tolist() == [[False, True, False], [False, True, True]]
+    assert activated(docs, delta).tolist() == [False, True, True]
+    stored_zero = sp.csr_matrix((np.array([0.0], dtype=np.float32), ([0], [1])), shape=(1, 3))
+    assert not activated(stored_zero, np.zeros(3)).any()
+    with pytest.raises(TransferError, match="NaN"):
+        fires(csr([[np.nan, 0, 0]]), delta)
+    with pytest.raises(TransferError, match="2 features, the thresholds 3"):
+        fires(csr([[1, 1]]), delta)
+
+
+def test_dead_and_always_on_features():
+    docs = csr([[1, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 1]])
+    state = alive(docs)
+    assert state.dead.tolist() == [False, True, False]
+    assert state.always_on.tolist() == [True, False, False]  # 3 of 4; exactly half is still allowed
+    assert state.mask.tolist() == [False, False, True]
+    assert not alive(docs, also=csr([[0, 1, 0]])).dead.any()
+
+
+# Ten features. Anchor of 4 documents, data of 3; δ = 1 for all. Relevant F = 0..7.
+# feature:        0  1  2  3  4  5  6  7  8  9
+ANCHOR = csr([
+    [2, 0, 2, 0, 0, 1, 2, 0, 2, 0],
+    [0, 2, 0, 2, 0, 0, 2, 0, 2, 0],
+    [0, 0, 0, 0, 0, 0, 2, 0, 0, 0],
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+])  # fmt: skip
+DATA = csr([
+    [2, 0, 0, 0, 2, 2, 2, 0, 0, 2],
+    [2, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+    [0, 2, 0, 0, 0, 0, 0, 0, 0, 0],
+])  # fmt: skip
+# 6 fires on 3 of 4 anchor documents: always on. 7 never fires: dead. F becomes {0..5}.
+# F(P) = {0,1,2,3} (5 is not above 1 there). F(Q) = {0,1,4,5}. Covered {0,1}, missing {2,3}.
+
+
+def hand_case(**kwargs) -> CoverageReport:
+    delta = np.ones(10, dtype=np.float32)
+    return coverage(space(10), ANCHOR, DATA, chosen(10, list(range(8))), delta, dataset="seed", **kwargs)
+
+
+def test_coverage_against_values_worked_out_by_hand(tmp_path: Path):
+    report = hand_case(eps=0.1, delta_rule="constant:1")
+    assert report.relevant.features.tolist() == [0, 1, 2, 3, 4, 5]
+    assert report.anchor_features.features.tolist() == [0, 1, 2, 3]
+    assert report.covered.features.tolist() == [0, 1]
+    assert report.missing.features.tolist() == [2, 3]
+    assert report.fac == 0.5
+    assert report.fac_uncapped == 1.0  # |F(Q)| / |F(P)| = 4 / 4
+    assert "left out 1 dead and 1 always-on" in report.relevant.why
+    assert report.missing.labels == ("x", "x")
+    # Q^ε on covered: 0.9/4 + 0.1/6; on missing: 0.1/6. P: 1/4 each.
+    q = 0.9 / 4 + 0.1 / 6
+    by_hand = 2 * 0.25 * math.log(0.25 / q) + 2 * 0.25 * math.log(0.25 / (0.1 / 6))
+    assert report.kl == pytest.approx(by_hand, rel=1e-12)
+    assert report.summary()["n_missing"] == 2 and report.n_docs == 3
+    report.save(tmp_path / "c.json")
+    again = CoverageReport.load(tmp_path / "c.json")
+    assert again.summary() == report.summary() and again.missing.features.tolist() == [2, 3]
+
+
+def test_the_interval_holds_the_value_and_repeats():
+    report = hand_case(n_bootstrap=100, seed=3)
+    assert report.ci_low <= report.fac <= report.ci_high
+    assert report.ci_low < report.ci_high
+    again = hand_case(n_bootstrap=100, seed=3)
+    assert (again.ci_low, again.ci_high) == (report.ci_low, report.ci_high)
+    point = hand_case(n_bootstrap=0)
+    assert (point.ci_low, point.ci_high) == (0.5, 0.5)
+
+
+def test_bootstrap_equals_a_plain_loop():
+    rng = np.random.default_rng(5)
+    anchor = scattered(rng, 40, 20, 0.2)
+    data = scattered(rng, 15, 20, 0.05)
+    delta = np.zeros(20, dtype=np.float32)
+    report = coverage(space(20), anchor, data, chosen(20, list(range(20))), delta, n_bootstrap=50, seed=9)
+    draw, dense = np.random.default_rng(9), data.toarray()[:, report.anchor_features.features] > 0
+    values = np.array([dense[draw.integers(15, size=15)].any(axis=0).mean() for _ in range(50)])
+    low, high = np.quantile(values + report.fac - values.mean(), [0.025, 0.975])
+    assert report.ci_low == pytest.approx(low) and report.ci_high == pytest.approx(min(high, 1))
+
+
+def test_coverage_refuses_an_empty_anchor_set_and_foreign_features():
+    delta = np.full(10, 99, dtype=np.float32)
+    with pytest.raises(TransferError, match="activates none of the 6 relevant"):
+        coverage(space(10), ANCHOR, DATA, chosen(10, list(range(8))), delta)
+    other = FeatureSet(
+        FeatureSpace("zoo:qwen", "m", 3, "zoo:qwen", "s", 10, 8, "topk-2", 5), np.array([0]), "elsewhere"
+    )
+    with pytest.raises(TransferError, match="belongs to feature space"):
+        coverage(space(10), ANCHOR, DATA, other, np.ones(10, dtype=np.float32))
+    with pytest.raises(TransferError, match="data documents have 9 features"):
+        coverage(space(10), ANCHOR, DATA[:, :9], chosen(10, [0]), np.ones(10, dtype=np.float32))
+
+
+def test_an_empty_dataset_covers_nothing():
+    nothing = sp.csr_matrix((0, 10), dtype=np.float32)
+    report = coverage(space(10), ANCHOR, nothing, chosen(10, [0, 1, 2, 3]), np.ones(10, dtype=np.float32), eps=0.1)
+    assert (report.fac, report.ci_low, report.ci_high, len(report.missing)) == (0, 0, 0, 4)
+    assert report.kl == pytest.approx(math.log(4 / (0.1 * 4)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 25))
+def test_coverage_never_falls_when_documents_are_added(seed: int, n: int):
+    rng = np.random.default_rng(seed)
+    anchor = scattered(rng, 30, 25, 0.15)
+    data = scattered(rng, 26, 25, 0.08)
+    delta = thresholds(anchor)
+    relevant = chosen(25, list(range(25)))
+    less = coverage(space(25), anchor, data[:n], relevant, delta, n_bootstrap=0)
+    more = coverage(space(25), anchor, data[: n + 1], relevant, delta, n_bootstrap=0)
+    assert more.fac >= less.fac
+    assert set(more.missing.features) <= set(less.missing.features)
+    assert len(more.covered) + len(more.missing) == len(more.anchor_features)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 20), st.integers(0, 20), st.floats(1e-4, 1))
+def test_the_smoothed_divergence_is_one_and_its_missing_term_falls_linearly(n: int, extra: int, rest: int, eps: float):
+    relevant = n + extra + rest
+    terms = []
+    for covered in range(n + 1):
+        in_data = covered + extra
+        p = np.zeros(relevant)
+        p[:n] = 1 / n
+        q = np.zeros(relevant)
+        q[n - covered : n + extra] = 1 / in_data if in_data else 0
+        q = (1 - eps) * q + eps / relevant
+        direct = float((p[:n] * np.log(p[:n] / q[:n])).sum())
+        first, second = kl_terms(n, in_data, covered, relevant, eps)
+        assert first + second == pytest.approx(direct, rel=1e-9, abs=1e-12)
+        terms.append(second)
+    assert np.allclose(np.diff(terms), -math.log(relevant / (eps * n)) / n)
+    if extra == rest == 0:
+        assert sum(kl_terms(n, n, n, n, eps)) == pytest.approx(0, abs=1e-12)
+
+
+def test_divergence_needs_a_sensible_eps_and_an_anchor():
+    with pytest.raises(TransferError, match="eps"):
+        kl_terms(3, 1, 1, 5, 0)
+    with pytest.raises(TransferError, match="empty anchor"):
+        kl_terms(0, 1, 0, 5, 0.1)
+
+
+def test_missing_hit_rate_is_not_fac():
+    missing = chosen(10, [2, 3, 7])
+    kept = csr([[0, 0, 2, 1, 0, 0, 0, 0, 0, 0], [9, 9, 0, 0, 9, 9, 9, 0, 9, 9]])
+    n_hit, rate = missing_hit_rate(missing, kept, np.ones(10, dtype=np.float32))
+    assert n_hit == 1 and rate == pytest.approx(1 / 3)
+    assert math.isnan(missing_hit_rate(chosen(10, []), kept, np.ones(10))[1])
+
+
+def test_planted_missing_features_are_found_exactly():
+    rng = np.random.default_rng(0)
+    n = 200
+    anchor = np.zeros((400, n), dtype=np.float32)
+    for row in anchor:
+        row[rng.choice(n, size=8, replace=False)] = rng.uniform(1, 3, size=8)
+    gone = np.sort(rng.choice(n, size=25, replace=False))
+    data = anchor.copy()
+    data[:, gone] = 0
+    report = coverage(
+        space(n),
+        sp.csr_matrix(anchor),
+        sp.csr_matrix(data),
+        chosen(n, list(range(n))),
+        thresholds(sp.csr_matrix(anchor)),
+        n_bootstrap=0,
+    )
+    assert report.missing.features.tolist() == gone.tolist()

@@ -1,0 +1,117 @@
+"""The demo end to end, smaller: the shape of its results, its report, and that a killed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "synth.features=8",
+    "synth.explore=2",
+    "synth.contrast=2",
+    "synth.strengths=[0.0,1.0]",
+    "synth.max_new_tokens=24",
+    "synth.budget=16",
+    "tune.recipes=[head]",
+    "cover.bootstrap=20",
+    "align.n_null=5",
+    "processes=1",
+]
+SHAPE = {
+    "alignments": {
+        "source", "target", "method", "n_features", "n_matches", "heldout_corr_median", "null_corr_median", "q_value_max",
+    },
+    "coverage": {"model", "dataset", "fac", "n_anchor", "n_covered", "n_missing"},
+    "synthesis": {"source", "generator", "n_requested", "n_kept", "missing_hit_rate", "rejected"},
+    "transfer": {"source", "target", "task", "arm", "metric", "mean", "ci_low", "ci_high", "n_seeds"},
+}  # fmt: skip
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "transfer", "run", "demo"]
+    for setting in SMALL:
+        command += ["--set", setting]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRANSFER_RUNS": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    finish(start(folder))
+    return folder
+
+
+def test_results_have_the_documented_shape(runs: Path) -> None:
+    results = json.loads((runs / "demo" / "results.json").read_text("utf8"))
+    for name, keys in SHAPE.items():
+        assert results[name], name
+        for row in results[name]:
+            assert keys <= set(row), (name, keys - set(row))
+    assert {r["arm"] for r in results["transfer"]} == {"seed_only", "own", "mapped", "random", "shuffled", "full"}
+    assert {r["target"] for r in results["transfer"]} == {"zoo:llama", "zoo:mistral", "zoo:qwen"}
+    assert all(r["n_seeds"] >= 3 and r["ci_low"] <= r["mean"] <= r["ci_high"] for r in results["transfer"])
+    assert len({(a["source"], a["target"]) for a in results["alignments"]}) == 6
+    assert all(0 <= c["fac"] <= 1 for c in results["coverage"])
+
+
+def test_written_arms_have_one_budget(runs: Path) -> None:
+    results = json.loads((runs / "demo" / "results.json").read_text("utf8"))
+    for target in ("zoo:llama", "zoo:mistral", "zoo:qwen"):
+        written = {
+            r["n_train"]
+            for r in results["transfer"]
+            if r["target"] == target and r["arm"] not in ("seed_only", "full") and r["metric"] == "auprc"
+        }
+        assert len(written) == 1, (target, written)
+
+
+def test_real_matches_beat_the_null(runs: Path) -> None:
+    results = json.loads((runs / "demo" / "results.json").read_text("utf8"))
+    for row in results["alignments"]:
+        if row["method"] == "activation":
+            assert row["heldout_corr_median"] > row["null_corr_median"] + 0.1
+
+
+def test_report_is_self_contained(runs: Path) -> None:
+    html = (runs / "demo" / "report.html").read_text("utf8")
+    assert "zoo:llama" in html and "<svg" in html
+    assert (
+        'src="http' not in html
+        and "url(http" not in html
+        and "<link" not in html.lower().replace('<link rel="icon" href="data:', "")
+    )
+
+
+def test_a_killed_run_ends_with_the_same_results(runs: Path, tmp_path: Path) -> None:
+    process = start(tmp_path)
+    deadline = time.monotonic() + 300
+    events = tmp_path / "demo" / "events.jsonl"
+    # Kill inside the synthesis, after finished stages and before others.
+    while time.monotonic() < deadline and process.poll() is None:
+        if events.exists() and '"synth llama", "event": "started"' in events.read_text():
+            break
+        time.sleep(0.2)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "demo" / "results.json").exists()
+    output = finish(start(tmp_path))
+    assert "reused" in output
+    assert (tmp_path / "demo" / "results.json").read_bytes() == (runs / "demo" / "results.json").read_bytes()

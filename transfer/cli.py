@@ -1,0 +1,180 @@
+"""The command line. Every verb takes one experiment (YAML or preset) and runs the stages up to its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transfer.core.console import say, set_quiet, show
+from transfer.core.errors import TransferError
+
+QUICK_START = """\
+Does another model have this feature, and can it write the data that yours lacks?
+
+Quick start:  transfer run demo        three tiny models, all stages, one report
+              transfer harvest demo --data my.jsonl --text-column prompt
+              transfer ls              what exists, and its state
+
+Verbs follow the pipeline: harvest, align, cover, synth, tune, eval, report; `run` is all of them."""
+
+app = typer.Typer(help=QUICK_START, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+zoo = typer.Typer(help="The three tiny trained models and their cards.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(zoo, name="zoo")
+
+Config = Annotated[str, typer.Argument(help="Experiment YAML, or a preset name.")]
+Settings = Annotated[list[str], typer.Option("--set", help="Override a key, such as align.reg=0.02; repeatable.")]
+Data = Annotated[str | None, typer.Option("--data", help="JSONL, CSV or parquet path, or hub:<dataset id>@<rev>.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column that holds the text.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column that holds the label.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No status lines.")]
+
+
+def _through(
+    stage: str,
+    config: str,
+    settings: list[str],
+    data: str | None,
+    text: str | None,
+    label: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run the stages up to ``stage`` and show its result."""
+    set_quiet(quiet or as_json)
+    from transfer.core.config import load_experiment, runs_folder
+
+    overrides = list(settings)
+    for key, value in (("source", data), ("text", text), ("label", label)):
+        if value is not None:
+            overrides.append(f"data.{key}={json.dumps(value)}")
+    experiment = load_experiment(config, overrides)
+    from transfer.pipeline import Pipeline
+
+    result = Pipeline(experiment, runs_folder(), command=sys.argv).run(stage)
+    show(result if as_json else _lines(result))
+
+
+def _lines(result: dict[str, Any]) -> str:
+    """A short readable form of a verb's result."""
+    lines: list[str] = []
+    for name, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f"{name}:")
+            for row in value:
+                cells = [f"{k} {_cell(v)}" for k, v in row.items() if not isinstance(v, (list, dict)) and v is not None]
+                lines.append("  " + " · ".join(cells))
+        else:
+            lines.append(f"{name}: {_cell(value)}")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _verb(stage: str, text: str) -> None:
+    def verb(
+        config: Config = "demo",
+        settings: Settings = [],  # noqa: B006 - typer reads the default, nothing changes it
+        data: Data = None,
+        text_column: TextColumn = None,
+        label_column: LabelColumn = None,
+        as_json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        _through(stage, config, settings, data, text_column, label_column, as_json, quiet)
+
+    app.command(stage, help=text)(verb)
+
+
+_verb("run", "Every stage, ending with the report; the same command continues an interrupted run.")
+_verb("harvest", "Store the sparse SAE activations of the texts, per model.")
+_verb("align", "Match features between all pairs of models.")
+_verb("cover", "Feature Activation Coverage of the seed data, and the features it lacks.")
+_verb("synth", "Write texts for the missing features, scored by the SAE.")
+_verb("tune", "Fine-tune every target on every arm.")
+_verb("eval", "The transfer table: means, intervals, controls, verdicts.")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")], as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Draw the HTML report of a finished run again (needs no model)."""
+    set_quiet(quiet or as_json)
+    from reports.build import build_report
+
+    path = build_report(run)
+    show({"report": str(path)} if as_json else str(path))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, machine, and what is missing; paste this into a bug report."""
+    from transfer.core.env import machine, versions
+
+    root = Path(__file__).resolve().parents[1]
+    zoo_models = {n: (root / "models" / "zoo" / n / "card.json").is_file() for n in ("llama", "mistral", "qwen")}
+    facts = {**versions(), **machine(), "code": str(root), "zoo": zoo_models}
+    show(facts if as_json else _lines(facts))
+
+
+@app.command()
+def ls(runs: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"), as_json: Json = False) -> None:
+    """Runs and their state."""
+    from transfer.core.files import read_json
+
+    if not runs.is_dir():
+        raise TransferError(f"There is no folder {runs}.", "Run `transfer run demo` first.")
+    rows = []
+    for folder in sorted(p for p in runs.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        manifest = folder / "manifest.json"
+        seconds = sum(read_json(manifest)["seconds"].values()) if manifest.exists() else None
+        state = "done" if (folder / "report.html").exists() else "unfinished"
+        rows.append({"run": folder.name, "state": state, "seconds": seconds, "report": str(folder / "report.html")})
+    show({"runs": rows} if as_json else _lines({"runs": rows}) if rows else "no runs yet")
+
+
+@zoo.command("train")
+def zoo_train(
+    data: Annotated[Path, typer.Option(help="Folder of the public training data.")] = Path("../shared/data"),
+    out: Annotated[Path | None, typer.Option(help="Target folder; default: the zoo itself.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Train only this member; repeatable.")] = None,
+    tokens: Annotated[int, typer.Option(help="Training tokens per language model.")] = 9_000_000,
+    sae_tokens: Annotated[int, typer.Option(help="Training tokens per SAE.")] = 2_000_000,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train tokenizers, language models and SAEs from scratch, and write their cards."""
+    set_quiet(quiet or as_json)
+    from models.zoo.build import build_zoo
+
+    cards = build_zoo(data, out, only or [], tokens=tokens, sae_tokens=sae_tokens)
+    show(cards if as_json else _lines({c["name"]: c["summary"] for c in cards.values()}))
+
+
+@zoo.command("eval")
+def zoo_eval(
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of public data, for the numbers on its held-out part.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this member; repeatable.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Recompute the numbers on the cards and compare; exit 3 when one differs by more than 1 %."""
+    set_quiet(quiet or as_json)
+    from models.zoo.card import check_cards
+    from transfer.core.errors import StageError
+
+    rows = check_cards(data, only or [])
+    show({"numbers": rows} if as_json else _lines({"numbers": rows}))
+    wrong = [r for r in rows if not r["agrees"]]
+    if wrong:
+        raise StageError(f"{len(wrong)} numbers differ from the cards, first {wrong[0]['model']} {wrong[0]['number']}.")
+    say(f"{len(rows)} numbers agree with the cards")

@@ -1,0 +1,142 @@
+"""What a report shows beside the numbers: example matches with spans, generated samples, missing features, cards."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from transfer.core.objects import ActivationStore
+from transfer.core.texts import Corpus
+from transfer.explain import Span, WordCounts, describe, top_spans
+
+if TYPE_CHECKING:
+    from transfer.pipeline import Pipeline
+
+EXAMPLES = 8
+"""Matched features shown per pair of models."""
+SPANS = 4
+SAMPLES = 12
+"""Generated texts shown per writer."""
+
+
+def details(pipeline: Pipeline) -> dict[str, Any]:
+    """``details.json`` of a finished run."""
+    anchor = pipeline.corpora["anchor"]
+    background = WordCounts(t.text for t in anchor)
+    return {
+        "examples": [
+            row
+            for source, target in itertools.combinations(pipeline.experiment.models, 2)
+            for row in _examples(pipeline, source, target, anchor, background)
+        ],
+        "samples": [row for name in pipeline.experiment.models for row in _samples(pipeline, name)],
+        "missing": [row for name in pipeline.experiment.models for row in _missing(pipeline, name, anchor, background)],
+        "cards": [_card(pipeline, name) for name in pipeline.experiment.models],
+    }
+
+
+def _spans(store: ActivationStore, corpus: Corpus, features: list[int]) -> dict[int, list[Span]]:
+    return top_spans(store, corpus, features, k=SPANS)
+
+
+def _span_row(span: Span, labels: dict[str, str]) -> dict[str, Any]:
+    return {
+        "text": span.text,
+        "start": span.start,
+        "end": span.end,
+        "value": float(span.value),
+        "label": labels[span.doc_id],
+    }
+
+
+def _examples(
+    pipeline: Pipeline, source: str, target: str, anchor: Corpus, background: WordCounts
+) -> list[dict[str, Any]]:
+    """The best matches of one pair by held-out correlation, side by side."""
+    alignment = pipeline.matches(source, target)
+    columns = alignment.matches
+    order = sorted(range(len(alignment)), key=lambda i: (-columns["heldout_corr"][i], columns["source"][i]))[:EXAMPLES]
+    here = _spans(pipeline.stores[source], anchor, [int(columns["source"][i]) for i in order])
+    there = _spans(pipeline.stores[target], anchor, [int(columns["target"][i]) for i in order])
+    labels = {t.id: t.label for t in anchor}
+    rows = []
+    for i in order:
+        a, b = int(columns["source"][i]), int(columns["target"][i])
+        shown = here[a] + there[b]
+        tags = [labels[s.doc_id] for s in shown]
+        rows.append(
+            {
+                "source": pipeline.spaces[source].model,
+                "target": pipeline.spaces[target].model,
+                "source_feature": a,
+                "target_feature": b,
+                "score": float(columns["score"][i]),
+                "heldout_corr": float(columns["heldout_corr"][i]),
+                "q_value": float(columns["q_value"][i]),
+                "source_description": describe(here[a], background),
+                "target_description": describe(there[b], background),
+                "label": max(sorted(set(tags)), key=tags.count) if tags else "",
+                "source_spans": [_span_row(s, labels) for s in here[a]],
+                "target_spans": [_span_row(s, labels) for s in there[b]],
+            }
+        )
+    return rows
+
+
+def _samples(pipeline: Pipeline, writer: str) -> list[dict[str, Any]]:
+    """Kept and rejected candidates for the writer's own missing features, evenly over the run."""
+    run, _ = pipeline.written[writer]
+    own = set(pipeline.plans[writer]["own"])
+    kept = [c for c in run.kept if c.feature in own]
+    rejected = [c for c in run.candidates if c.verdict != "kept" and c.feature in own]
+    chosen = kept[:: max(1, len(kept) // SAMPLES)][:SAMPLES] + rejected[:: max(1, len(rejected) // 4)][:4]
+    return [
+        {
+            "source": pipeline.spaces[writer].model,
+            "generator": c.generator,
+            "feature": c.feature,
+            "label": c.label,
+            "text": c.text,
+            "score": c.score,
+            "delta": c.delta,
+            "step": c.step,
+            "strength": c.strength,
+            "positive": c.positive,
+            "verdict": c.verdict,
+        }
+        for c in chosen
+    ]
+
+
+def _missing(pipeline: Pipeline, name: str, anchor: Corpus, background: WordCounts) -> list[dict[str, Any]]:
+    """Every missing feature of one model, described from its anchor texts."""
+    report, _ = pipeline.coverage[name]
+    missing = report.missing
+    ids = missing.features.tolist()
+    spans = _spans(pipeline.stores[name], anchor, ids)
+    support = pipeline.stores[name].support()
+    return [
+        {
+            "model": report.space.model,
+            "feature": i,
+            "label": label,
+            "description": describe(spans[i], background),
+            "n_anchor_docs": int(support[i]),
+        }
+        for i, label in zip(ids, missing.labels or [""] * len(ids), strict=True)
+    ]
+
+
+def _card(pipeline: Pipeline, name: str) -> dict[str, Any]:
+    adapter = pipeline.adapters[name]
+    card = adapter.language.card or {}
+    return {
+        "name": pipeline.spaces[name].model,
+        "layer": adapter.layer,
+        "sae": pipeline.experiment.models[name].sae,
+        "rule": adapter.space.rule,
+        "d_model": adapter.space.d_model,
+        "n_features": adapter.space.n_features,
+        "template_offset": adapter.space.template_offset,
+        **card.get("summary", {}),
+    }

@@ -1,0 +1,331 @@
+"""The experiment grid: every cell trained once, by worker processes, resumable, independent of scheduling."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+from transfer.core.console import progress, say
+from transfer.core.errors import StageError, TransferError
+from transfer.core.files import read_json, replacing, write_json
+from transfer.core.objects import SCHEMA, EvalResult, FinetuneRun, digest
+from transfer.core.texts import Corpus
+from transfer.finetune import Recipe, data_hash
+from transfer.tasks.base import Example, Task
+
+Arm = Literal["seed_only", "own", "mapped", "random", "shuffled", "full"]
+ARMS: tuple[str, ...] = get_args(Arm)
+"""Seed data alone; plus texts for the target's own missing features; for another model's, mapped by the alignment; the
+same budget for random features; the same budget through a shuffled alignment; all data there is."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: whose features, whose texts, which target, which arm, which seed."""
+
+    source: str
+    """Model whose features were asked for; empty for arms without features (``seed_only``, ``full``)."""
+    generator: str
+    target: str
+    """Typed model reference of the model that is trained."""
+    arm: str
+    recipe: Recipe
+    seed: int
+    examples: tuple[Example, ...] = ()
+    """The whole training set; or empty, and it is in ``file``."""
+    file: str = ""
+    """JSON lines with ``text`` and ``label`` (0 or 1), as ``write_examples`` writes them."""
+    file_hash: str = ""
+    """What ``write_examples`` returned."""
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            raise TransferError(f"Unknown arm {self.arm!r}.", f"Known: {', '.join(ARMS)}.")
+        if bool(self.examples) == bool(self.file) or bool(self.file) != bool(self.file_hash):
+            raise TransferError(f"{self.name} needs its examples, or else a file with its hash.")
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        origin = " / ".join(p for p in (self.source, self.generator) if p) or "no features"
+        return f"cell {origin} -> {self.target}, {self.arm}, {self.recipe.name}, seed {self.seed}"
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Hash of the training set."""
+        return self.file_hash or data_hash(self.examples)
+
+    def load(self) -> list[Example]:
+        """The training set.
+
+        Raises:
+            TransferError: When the file is not the one the cell was made with.
+        """
+        if not self.file:
+            return list(self.examples)
+        with Path(self.file).open(encoding="utf8") as lines:
+            examples = [(str(row["text"]), int(row["label"])) for row in map(json.loads, lines)]
+        if data_hash(examples) != self.file_hash:
+            raise TransferError(
+                f"The training set {self.file} has changed since the grid was planned.", "Plan it again."
+            )
+        return examples
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> str:
+    """Write a training set as JSON lines, atomically; returns the hash that ``Cell.file_hash`` wants."""
+    with replacing(Path(path)) as part, part.open("w", encoding="utf8") as lines:
+        for text, label in examples:
+            lines.write(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n")
+    return data_hash(examples)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What one cell gave."""
+
+    source: str
+    generator: str
+    target: str
+    arm: str
+    recipe: str
+    seed: int
+    key: str
+    """Content key; the result is in ``<key>.json``, the scores in ``<key>.jsonl``."""
+    evals: tuple[EvalResult, ...]
+    run: FinetuneRun
+    n_leaked: int
+    """Training texts that are also evaluation texts (compared without case and outer blanks)."""
+
+    def value(self, metric: str) -> float:
+        """One metric.
+
+        Raises:
+            TransferError: When the cell has no such metric.
+        """
+        for result in self.evals:
+            if result.metric == metric:
+                return result.value
+        raise TransferError(f"No metric {metric!r}.", f"This grid has {', '.join(e.metric for e in self.evals)}.")
+
+
+def cell_key(cell: Cell, base_hash: str, evaluation: Corpus, task: Task) -> str:
+    """Content key: equal exactly when training set, base, recipe, seed, evaluation corpus and task are equal."""
+    return digest(
+        {
+            "schema": SCHEMA,
+            "data": cell.data_hash,
+            "base": base_hash,
+            "recipe": dataclasses.asdict(cell.recipe),
+            "seed": cell.seed,
+            "evaluation": evaluation.hash,
+            "task": [task.name, dataclasses.asdict(task)],  # type: ignore[call-overload]
+        }
+    )
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    evaluation: Corpus,
+    task: Task,
+    *,
+    processes: int,
+    out_dir: Path,
+    base_hashes: Mapping[str, str] | None = None,
+) -> list[CellResult]:
+    """Train and evaluate every cell; finished ones are read back instead.
+
+    Results do not depend on the number of processes or the order of work. Cells with equal content are trained once.
+    With two or more processes each is spawned with one torch thread and keeps the base of its last target; one process
+    means this one.
+
+    Args:
+        cells: The grid.
+        evaluation: Labelled evaluation corpus.
+        task: Task, whose every option is part of the content key.
+        processes: Worker processes.
+        out_dir: Folder of the cell files.
+        base_hashes: Per target its weights' hash; loaded from the target where absent.
+
+    Returns:
+        One result a cell, in the order of ``cells``.
+
+    Raises:
+        StageError: When cells failed; the others are finished and kept.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    hashes = {t: (base_hashes or {}).get(t) or _base_hash(t) for t in sorted({c.target for c in cells})}
+    keys = [cell_key(c, hashes[c.target], evaluation, task) for c in cells]
+    todo: dict[str, Cell] = {k: c for k, c in zip(keys, cells, strict=True) if not _finished(out_dir, k)}
+    distinct = len(set(keys))
+    if distinct > len(todo):
+        say(f"grid  {distinct - len(todo)} of {distinct} cells reused")
+    # Target by target, so that a worker loads each base once; big ones first, so that no worker ends with one alone.
+    order = sorted(todo, key=lambda k: (todo[k].target, -len(todo[k].examples), k))
+    failures: dict[str, str] = {}
+    with progress("fine-tuning grid", len(order), "cells") as advance:
+        jobs = {k: (todo[k], k, evaluation, task, out_dir) for k in order}
+        for key, problem in _local(jobs) if processes <= 1 else _pooled(jobs, processes):
+            if problem:
+                failures[key] = problem
+                say(f"{todo[key].name} failed: {problem}")
+            advance(1)
+    if failures:
+        listed = "; ".join(f"{todo[k].name}: {p}" for k, p in list(failures.items())[:5])
+        more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+        raise StageError(
+            f"{len(failures)} of {distinct} cells failed ({listed}{more}).",
+            "The finished cells are kept; run the same command again to continue.",
+        )
+    return [_read(out_dir, c, k) for c, k in zip(cells, keys, strict=True)]
+
+
+def _base_hash(target: str) -> str:
+    from transfer.classifier import load_backbone
+
+    return load_backbone(target).hash
+
+
+def _finished(out_dir: Path, key: str) -> bool:
+    return (out_dir / f"{key}.json").is_file() and (out_dir / f"{key}.jsonl").is_file()
+
+
+def _read(out_dir: Path, cell: Cell, key: str) -> CellResult:
+    data = read_json(out_dir / f"{key}.json")
+    run = {**data["run"], "curve": tuple(data["run"]["curve"])}
+    evals = [{**e, "stderr": float("nan") if e["stderr"] is None else e["stderr"]} for e in data["evals"]]
+    return CellResult(
+        source=cell.source,
+        generator=cell.generator,
+        target=cell.target,
+        arm=cell.arm,
+        recipe=cell.recipe.name,
+        seed=cell.seed,
+        key=key,
+        evals=tuple(EvalResult(**e) for e in evals),
+        run=FinetuneRun(**run),
+        n_leaked=data["n_leaked"],
+    )
+
+
+Job = tuple[Cell, str, Corpus, Task, Path]
+Outcome = tuple[str, str]
+"""Content key, and what went wrong (empty: nothing)."""
+
+
+def _work(job: Job) -> str:
+    """Run one cell in this process; returns what went wrong, so that one cell cannot stop the others."""
+    cell, key, evaluation, task, out_dir = job
+    try:
+        examples = cell.load()
+        model, run = task.fit(cell.target, examples, cell.recipe, cell.seed)
+        evals = task.evaluate(model, evaluation, out_dir / f"{key}.jsonl")
+        seen = {t.text.strip().casefold() for t in evaluation}
+        write_json(
+            out_dir / f"{key}.json",
+            {
+                "schema": SCHEMA,
+                "key": key,
+                "run": dataclasses.asdict(run),
+                "evals": [dataclasses.asdict(e) for e in evals],
+                "n_leaked": sum(text.strip().casefold() in seen for text, _ in examples),
+            },
+        )
+    except TransferError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _local(jobs: dict[str, Job]) -> Iterator[Outcome]:
+    if jobs:
+        with _one_thread():
+            for key, job in jobs.items():
+                yield key, _work(job)
+
+
+def _start_worker() -> None:
+    """One torch thread, and no life after the parent: a killed grid must not leave workers behind."""
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # torch reads them when a task imports it
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _pooled(jobs: dict[str, Job], processes: int) -> Iterator[Outcome]:
+    """Run jobs in worker processes; a cell that kills its worker fails alone.
+
+    Only as many cells as workers are handed out at a time, so when a worker dies (out of memory, say) the suspects are
+    few: each is tried once more in a worker of its own.
+    """
+    waiting = list(jobs)
+    while waiting:
+        running: dict[Future[str], str] = {}
+        suspects: list[str] = []
+        pool = _pool(min(processes, len(waiting)))
+        try:
+            while (waiting or running) and not suspects:
+                while waiting and len(running) < processes:
+                    key = waiting.pop(0)
+                    running[pool.submit(_work, jobs[key])] = key
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    key, error = running.pop(future), future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        suspects.append(key)
+                    else:  # an error here never reached the cell: the job cannot be pickled, say
+                        yield key, f"{type(error).__name__}: {error}" if error else future.result()
+            if suspects:
+                suspects += running.values()
+        except BrokenProcessPool:  # from submit: that cell never ran
+            suspects += running.values()
+            waiting.insert(0, key)
+        finally:
+            pool.shutdown(wait=not suspects, cancel_futures=True)
+        for key in sorted(suspects):
+            yield key, _alone(jobs[key])
+
+
+def _alone(job: Job) -> str:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_work, job).result()
+        except BrokenProcessPool:
+            return "its worker process died (out of memory?)"

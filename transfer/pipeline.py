@@ -1,0 +1,295 @@
+"""The stages in order. Each is content-keyed, so the same command continues, and a changed setting redoes only what follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aligners.calibrate import shuffled
+from models.adapter import Adapter
+from transfer import arms, results, stages
+from transfer.core.config import Experiment
+from transfer.core.console import say
+from transfer.core.env import machine, versions
+from transfer.core.errors import TransferError
+from transfer.core.files import file_hash, read_json, write_json
+from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSpace, SynthesisRun
+from transfer.core.rundir import RunDir, write_text
+from transfer.core.texts import Corpus
+from transfer.details import details
+
+STAGES = ("harvest", "align", "cover", "synth", "tune", "eval", "run")
+
+
+class Pipeline:
+    """One experiment's way through the stages.
+
+    Args:
+        experiment: The validated configuration.
+        runs: Folder of runs.
+        command: The command line, kept in the manifest.
+    """
+
+    def __init__(self, experiment: Experiment, runs: Path, command: list[str]) -> None:
+        self.experiment = experiment
+        self.command = command
+        self.dir = RunDir(runs, experiment.name)
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%S")
+
+    # What the stages read.
+
+    @cached_property
+    def corpora(self) -> dict[str, Corpus]:
+        """Anchor, seed and evaluation texts."""
+        return stages.load_corpora(self.experiment.data)
+
+    @cached_property
+    def reference(self) -> Corpus:
+        """Anchor and seed texts together: what is harvested. Evaluation texts never are."""
+        parts = [self.corpora[name] for name in ("anchor", "seed") if name in self.corpora]
+        return Corpus("reference", tuple(itertools.chain.from_iterable(parts)))
+
+    @cached_property
+    def adapters(self) -> dict[str, Adapter]:
+        """Every model with its SAE, loaded once."""
+        return {
+            name: Adapter.load(section.model, section.sae, section.layer)
+            for name, section in self.experiment.models.items()
+        }
+
+    @cached_property
+    def spaces(self) -> dict[str, FeatureSpace]:
+        """Feature space per model name."""
+        return {name: adapter.space for name, adapter in self.adapters.items()}
+
+    def _space_inputs(self, *names: str) -> dict[str, Any]:
+        return {f"space:{name}": dataclasses.asdict(self.spaces[name]) for name in names}
+
+    def _settings(self, *sections: str) -> dict[str, Any]:
+        return {name: getattr(self.experiment, name).model_dump(mode="json") for name in sections}
+
+    def _others(self, name: str) -> list[str]:
+        return [other for other in self.experiment.models if other != name]
+
+    # The stages.
+
+    @cached_property
+    def stores(self) -> dict[str, ActivationStore]:
+        """Sparse activations of the reference corpus, per model."""
+        found: dict[str, ActivationStore] = {}
+        for name, adapter in self.adapters.items():
+            folder = self.dir.stage(
+                "harvest",
+                {**self._space_inputs(name), "corpus": self.reference.hash, **self._settings("harvest")},
+                lambda out, a=adapter: stages.harvest(a, self.reference, out, self.experiment.harvest),
+                name,
+            )
+            found[name] = ActivationStore.load(folder / "store")
+        return found
+
+    @cached_property
+    def alignments(self) -> dict[tuple[str, str, str], Alignment]:
+        """(source, target, method) → alignment, for all ordered pairs; each unordered pair is fitted once."""
+        found: dict[tuple[str, str, str], Alignment] = {}
+        for source, target in itertools.combinations(self.experiment.models, 2):
+            settings = self.experiment.align
+            inputs = {
+                **self._space_inputs(source, target),
+                "corpus": self.reference.hash,
+                **self._settings("harvest", "align"),
+                "seed": self.experiment.seed,
+            }
+            folder = self.dir.stage(
+                "align",
+                inputs,
+                lambda out, s=source, t=target: stages.align(
+                    (self.adapters[s], self.adapters[t]), (self.stores[s], self.stores[t]), out, self.experiment
+                ),
+                f"{source}-{target}",
+            )
+            for method in settings.methods:
+                alignment = Alignment.load(folder / method)
+                found[source, target, method] = alignment
+                found[target, source, method] = alignment.reversed()
+        return found
+
+    def matches(self, source: str, target: str) -> Alignment:
+        """The alignment that carries features, only its significant matches."""
+        return stages.significant(
+            self.alignments[source, target, self.experiment.align.use], self.experiment.align.q_value
+        )
+
+    @cached_property
+    def coverage(self) -> dict[str, tuple[CoverageReport, Path]]:
+        """Coverage of the seed data per model, with the folder that holds its thresholds."""
+        for split in ("anchor", "seed"):
+            if split not in self.corpora:
+                raise TransferError(
+                    f"Coverage needs {split} texts, and the data has none.",
+                    f"Name them in data.{split}, or give the data a split column with the value {split!r}.",
+                )
+        found: dict[str, tuple[CoverageReport, Path]] = {}
+        for name in self.experiment.models:
+            folder = self.dir.stage(
+                "cover",
+                {
+                    **self._space_inputs(name),
+                    "anchor": self.corpora["anchor"].hash,
+                    "data": self.corpora["seed"].hash,
+                    "positive": self.experiment.data.positive,
+                    **self._settings("harvest", "cover"),
+                    "seed": self.experiment.seed,
+                },
+                lambda out, n=name: stages.cover(self.stores[n], self.corpora, out, self.experiment),
+                name,
+            )
+            found[name] = (CoverageReport.load(folder / "seed.json"), folder)
+        return found
+
+    @cached_property
+    def plans(self) -> dict[str, dict[str, Any]]:
+        """Per writing model: which features each arm of each target asks for (see ``arms.plan``)."""
+        found: dict[str, dict[str, Any]] = {}
+        for source in self.experiment.models:
+            real = {t: self.matches(source, t) for t in self._others(source)}
+            wrong = {t: shuffled(a, seed=self.experiment.seed) for t, a in real.items()}
+            reports = {name: report for name, (report, _) in self.coverage.items()}
+            found[source] = arms.plan(
+                source, reports, real, wrong, self.stores[source], self.corpora["anchor"], self.experiment
+            )
+        return found
+
+    @cached_property
+    def written(self) -> dict[str, tuple[SynthesisRun, Path]]:
+        """Texts each model wrote for the features its plan asks for, scored in every space."""
+        found: dict[str, tuple[SynthesisRun, Path]] = {}
+        for name in self.experiment.models:
+            folder = self.dir.stage(
+                "synth",
+                {
+                    **self._space_inputs(*self.experiment.models),
+                    "writer": name,
+                    "plan": self.plans[name],
+                    "anchor": self.corpora["anchor"].hash,
+                    "data": self.corpora["seed"].hash,
+                    **self._settings("harvest", "cover", "synth"),
+                    "seed": self.experiment.seed,
+                },
+                lambda out, n=name: stages.synth(
+                    n,
+                    self.adapters,
+                    self.stores[n],
+                    self.plans[n],
+                    self.coverage,
+                    self.corpora,
+                    {t: self.matches(n, t).mapping() for t in self._others(n)},
+                    out,
+                    self.experiment,
+                ),
+                name,
+            )
+            found[name] = (SynthesisRun.load(folder / "synthesis.json"), folder)
+        return found
+
+    @cached_property
+    def datasets(self) -> Path:
+        """Training sets of every arm, same budget and same label balance."""
+        return self.dir.stage(
+            "datasets",
+            {
+                "written": {n: file_hash(f / "synthesis.json") for n, (_, f) in self.written.items()},
+                "plans": self.plans,
+                "data": {n: c.hash for n, c in self.corpora.items()},
+                "positive": self.experiment.data.positive,
+                **self._settings("harvest", "cover", "synth"),
+                "seed": self.experiment.seed,
+            },
+            lambda out: stages.datasets(
+                self.written, self.plans, self.coverage, self.stores, self.corpora, out, self.experiment
+            ),
+        )
+
+    @cached_property
+    def cells(self) -> Path:
+        """Fine-tuned and evaluated cells of the grid."""
+        if "evaluation" not in self.corpora:
+            raise TransferError("Fine-tuning needs evaluation texts, and the data has none.", "Name data.evaluation.")
+        return self.dir.stage(
+            "tune",
+            {
+                **self._space_inputs(*self.experiment.models),
+                "datasets": file_hash(self.datasets / "datasets.json"),
+                "evaluation": self.corpora["evaluation"].hash,
+                "positive": self.experiment.data.positive,
+                **self._settings("tune"),
+            },
+            lambda out: stages.tune(self.adapters, self.datasets, self.corpora, out, self.experiment),
+        )
+
+    # Results.
+
+    def numbers(self, until: str = "run") -> dict[str, Any]:
+        """The numbers up to a stage; the whole of ``results.json`` after the last one."""
+        rank = STAGES.index(until)
+        numbers: dict[str, Any] = {}
+        if rank == 0:
+            return {"harvest": [stages.store_summary(n, s) for n, s in self.stores.items()]}
+        pairs = itertools.permutations(self.experiment.models, 2)
+        methods = self.experiment.align.methods
+        numbers["alignments"] = [self.alignments[s, t, m].summary() for s, t in pairs for m in methods]
+        if rank >= 2:
+            numbers["coverage"] = [report.summary() for report, _ in self.coverage.values()]
+        if rank >= 3:
+            numbers["synthesis"] = [
+                row for _, folder in self.written.values() for row in read_json(folder / "rows.json")
+            ]
+            numbers["coverage"] += read_json(self.datasets / "coverage.json")
+        if rank >= 4:
+            numbers.update(results.transfer_table(self.cells, self.experiment))
+            numbers["alerts"] = results.alerts(numbers, self.stores, self.experiment)
+            numbers["limits"] = results.limits(self.experiment)
+        return numbers
+
+    def run(self, until: str = "run") -> dict[str, Any]:
+        """Run the stages up to ``until`` (one of ``STAGES``) and write what the run folder holds.
+
+        Returns:
+            The numbers; for ``run`` also the report's path.
+        """
+        self.dir.event(until, "command", command=shlex.join(self.command))
+        numbers = self.numbers(until)
+        resolved = yaml.safe_dump(self.experiment.model_dump(mode="json"), sort_keys=False)
+        write_text(self.dir.path / "experiment.yaml", resolved)
+        write_json(self.dir.path / "stages.json", self.dir.stages)
+        if until != "run":
+            return numbers
+        write_json(self.dir.path / "results.json", numbers)
+        write_json(self.dir.path / "details.json", details(self))
+        write_json(self.dir.path / "manifest.json", self.manifest())
+        from reports.build import build_report
+
+        path = build_report(self.dir.path)
+        say(f"report  {path}")
+        return {**numbers, "report": str(path)}
+
+    def manifest(self) -> dict[str, Any]:
+        """Provenance: command, versions, hashes, seconds per stage, machine."""
+        hashes = {f"{n} model": s.model_hash for n, s in self.spaces.items()}
+        hashes |= {f"{n} SAE": s.sae_hash for n, s in self.spaces.items()}
+        hashes |= {f"{n} texts": c.hash for n, c in self.corpora.items()}
+        return {
+            "command": self.command,
+            "versions": versions(),
+            "machine": machine(),
+            "hashes": hashes,
+            "seconds": self.dir.seconds,
+            "started": self.started,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }

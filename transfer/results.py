@@ -1,0 +1,181 @@
+"""From finished cells to what a reader is told: the transfer table, claims, alerts, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transfer.claims import Comparison, compare, summarise, verdict
+from transfer.core import stats
+from transfer.core.config import Experiment
+from transfer.core.files import read_json
+from transfer.core.objects import ActivationStore, EvalResult, FinetuneRun, TransferResult
+from transfer.matrix import CellResult
+from transfer.tasks import get_task
+
+HEADLINE = ("mapped", "random")
+"""The pair of arms that the first claim is about."""
+
+
+def load_cells(folder: Path) -> list[CellResult]:
+    """The finished grid."""
+    cells = []
+    for row in read_json(folder / "grid.json"):
+        row["evals"] = tuple(EvalResult(**e) for e in row["evals"])
+        row["run"] = FinetuneRun(**{**row["run"], "curve": tuple(row["run"]["curve"])})
+        cells.append(CellResult(**row))
+    return cells
+
+
+def transfer_table(folder: Path, experiment: Experiment) -> dict[str, Any]:
+    """``transfer``, ``comparisons`` and ``claims`` of ``results.json``."""
+    cells = load_cells(folder)
+    task = get_task(experiment.tune.task, positive=experiment.data.positive)
+    headline = task.metrics[0]
+    metrics = list(dict.fromkeys(e.metric for c in cells for e in c.evals))
+    rows = [row for metric in metrics for row in summarise(cells, task.name, metric)]
+    comparisons = compare(cells, headline, folder=folder / "cells", weighted=task.weighted(headline))
+    return {
+        "transfer": [row.summary() for row in rows],
+        "comparisons": [c.summary() for c in comparisons],
+        "claims": claims([r for r in rows if r.metric == headline], comparisons, experiment),
+        "n_leaked": sum(c.n_leaked for c in cells),
+    }
+
+
+def claims(rows: list[TransferResult], comparisons: list[Comparison], experiment: Experiment) -> list[dict[str, Any]]:
+    """Claims in words: the pooled ones first, then each cell against its strongest same-budget control."""
+    found: list[dict[str, Any]] = []
+    for recipe in experiment.tune.recipes:
+        for arm, control in (HEADLINE, ("mapped", "shuffled"), ("own", "random")):
+            pooled = _pooled(rows, comparisons, recipe, arm, control)
+            if pooled:
+                found.append(pooled)
+    for c in verdict(comparisons):
+        found.append(
+            {
+                "sentence": (
+                    f"{c.target} ({c.recipe}): texts {c.generator} wrote for mapped features change {c.metric.upper()} by "
+                    f"{c.delta:+.3f} [{c.low:+.3f}, {c.high:+.3f}] against {c.control} (its strongest same-budget control)"
+                ),
+                "verdict": c.verdict,
+                "number": c.delta,
+                "low": c.low,
+                "high": c.high,
+                "control": c.control,
+                "anchor": f"cell-{c.source}-{c.target}-{c.recipe}",
+            }
+        )
+    return found
+
+
+def _pooled(
+    rows: list[TransferResult], comparisons: list[Comparison], recipe: str, arm: str, control: str
+) -> dict[str, Any] | None:
+    """One arm against one control, averaged over all cells of a recipe; the interval is over seeds."""
+    cells = [c for c in comparisons if (c.recipe, c.arm, c.control) == (recipe, arm, control)]
+    if not cells:
+        return None
+    by_cell = {(r.arm, r.source, r.target): r for r in rows if r.recipe == recipe}
+    treated = np.array([by_cell[arm, c.source, c.target].values for c in cells])
+    against = np.array([by_cell[control, c.control_source, c.target].values for c in cells])
+    d = stats.paired_delta(treated.mean(axis=0), against.mean(axis=0))
+    better = sum(c.delta > 0 for c in cells)
+    wins = sum(c.verdict == "supported" for c in cells)
+    settled = "supported" if d.low > 0 else "not supported" if d.high < 0.01 else "undecided"
+    names = {
+        "mapped": "Texts written by one model for features that the alignment maps to what another lacks",
+        "own": "Texts written by a model for its own missing features",
+    }
+    return {
+        "sentence": (
+            f"{names[arm]} change the target's {cells[0].metric.upper()} by {d.delta:+.3f} [{d.low:+.3f}, {d.high:+.3f}] "
+            f"against the same budget of {control} features ({recipe}, mean of {len(cells)} cells, {d.n} seeds; "
+            f"better in {better} cells, significant after correction in {wins})"
+        ),
+        "verdict": settled,
+        "number": d.delta,
+        "low": d.low,
+        "high": d.high,
+        "control": control,
+        "anchor": f"pooled-{recipe}-{arm}-{control}",
+    }
+
+
+def alerts(
+    numbers: dict[str, Any], stores: Mapping[str, ActivationStore], experiment: Experiment
+) -> list[dict[str, str]]:
+    """What a reader must know before trusting the numbers, most serious first."""
+    found: list[tuple[int, str, str]] = []
+    for row in numbers["alignments"]:
+        if not row["converged"]:
+            found.append(
+                (
+                    0,
+                    "severe",
+                    f"{row['method']} {row['source']} → {row['target']} did not converge "
+                    f"(row error {row['row_error']:.2g}, column error {row['col_error']:.2g}).",
+                )
+            )
+    for row in numbers["coverage"]:
+        if row["dataset"] == "seed" and row["n_missing"] < experiment.cover.least_missing:
+            found.append(
+                (
+                    1,
+                    "severe",
+                    f"{row['model']} lacks only {row['n_missing']} relevant features at the start; below "
+                    f"{experiment.cover.least_missing} a grid has little room to show anything.",
+                )
+            )
+    if numbers.get("n_leaked"):
+        found.append((0, "severe", f"{numbers['n_leaked']} training texts are also evaluation texts."))
+    for name, store in stores.items():
+        for reason, count in store.counts.items():
+            if count > 0.05 * len(store.doc_ids):
+                found.append((2, "warn", f"{name}: {count} of {len(store.doc_ids)} texts were {reason}."))
+    added = [r["n_train"] for r in numbers["transfer"] if r["arm"] == "mapped"]
+    alone = [r["n_train"] for r in numbers["transfer"] if r["arm"] == "seed_only"]
+    if added and min(added) - max(alone) < 0.5 * experiment.synth.budget:
+        found.append(
+            (
+                2,
+                "warn",
+                f"An arm could fill only {min(added) - max(alone)} of the {experiment.synth.budget} texts "
+                "budgeted; all arms of that target were cut to it.",
+            )
+        )
+    spread = [c for c in numbers["comparisons"] if c["arm"] == "mapped" and c["low"] < 0 < c["high"]]
+    if spread:
+        found.append(
+            (
+                3,
+                "warn",
+                f"Seeds disagree on the sign of the difference in {len(spread)} of "
+                f"{sum(c['arm'] == 'mapped' for c in numbers['comparisons'])} comparisons of the mapped arm.",
+            )
+        )
+    for row in numbers["synthesis"]:
+        if row["pool"] == "own" and row["n_candidates"] and row["n_kept"] < 0.05 * row["n_candidates"]:
+            found.append((2, "warn", f"{row['writer']} kept only {row['n_kept']} of {row['n_candidates']} candidates."))
+    return [{"level": level, "text": text} for _, level, text in sorted(found)]
+
+
+def limits(experiment: Experiment) -> list[str]:
+    """What the numbers do not say, in plain words."""
+    found = [
+        "Intervals of the transfer table are over fine-tuning seeds on one evaluation split; the boot columns of the "
+        "comparisons also resample evaluation texts.",
+        "A q-value here guards against chance under a shuffled corpus. It does not tell a feature from another that fires "
+        "on much the same texts (a parent and its child).",
+        "Relevance and labels of features come from the labelled anchor by a statistical judge, not from reading them. Writers are "
+        "shown anchor texts, so every written arm profits from the anchor; the random and shuffled arms profit alike.",
+        "The alignment is fitted on the anchor and seed texts alone; features that hardly fire there are untestable, not unmatched.",
+    ]
+    if all(m.model.startswith("zoo:") for m in experiment.models.values()):
+        found.append(
+            "The models are tiny (about 3 million parameters). What holds or fails here need not hold or fail at 8 billion."
+        )
+    return found

@@ -1,0 +1,378 @@
+"""What each stage of the pipeline does with its inputs; every function writes only into the folder it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from models.activations import harvest as harvest_store
+from models.adapter import Adapter
+from models.generators import SteeredGenerator
+from transfer import arms
+from transfer.core.config import DataSection, Experiment, HarvestSection
+from transfer.core.errors import TransferError
+from transfer.core.files import load_arrays, load_csr, read_json, save_arrays, save_csr, write_json
+from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSet, FeatureView, SynthesisRun
+from transfer.core.texts import Corpus
+from transfer.corpus import load_corpus
+from transfer.coverage import DeltaRule, coverage, fires, thresholds
+from transfer.explain import judge_relevance, majority_labels, top_spans
+from transfer.synthesis import score_targets, steering_vectors, synthesise
+
+SPLITS = ("anchor", "seed", "evaluation")
+
+
+def load_corpora(data: DataSection) -> dict[str, Corpus]:
+    """Anchor, seed and evaluation texts; a source without splits is all anchor.
+
+    Raises:
+        TransferError: When there is no data, or splits share a text.
+    """
+
+    def load(ref: str) -> Corpus:
+        return load_corpus(
+            ref, text_column=data.text, label_column=data.label, topic_column=data.topic, split_column=data.split
+        )
+
+    found: dict[str, Corpus] = {}
+    if data.source:
+        whole = load(data.source)
+        known = {t.split for t in whole} & set(SPLITS)
+        found = {s: whole.split(s) for s in SPLITS if s in known} or {"anchor": whole}
+    for split in SPLITS:
+        ref = getattr(data, split)
+        if ref:
+            part = load(ref)
+            # Ids of different files may collide.
+            found[split] = Corpus(part.name, tuple(dataclasses.replace(t, id=f"{split}/{t.id}") for t in part))
+    if not found:
+        raise TransferError("The experiment names no data.", "Set data.source, or data.anchor and data.seed.")
+    if "evaluation" in found:
+        held_out = {t.text for t in found["evaluation"]}
+        leaked = [t.id for s in ("anchor", "seed") if s in found for t in found[s] if t.text in held_out]
+        if leaked:
+            raise TransferError(
+                f"{len(leaked)} evaluation texts also stand in the anchor or seed data, first {leaked[0]}.",
+                "Remove them from one side: an evaluation on them would be worthless.",
+            )
+    return found
+
+
+def harvest(adapter: Adapter, corpus: Corpus, out: Path, settings: HarvestSection) -> None:
+    """Check the adapter against its card, then store the corpus' activations."""
+    check = adapter.self_check([t.text for t in corpus][:64])
+    harvest_store(
+        adapter,
+        corpus,
+        out / "store",
+        keep_residual=settings.keep_residual,
+        token_budget=settings.token_budget,
+        max_tokens=settings.max_tokens,
+    )
+    write_json(out / "check.json", check)
+
+
+def store_summary(name: str, store: ActivationStore) -> dict[str, Any]:
+    """What a harvest gave."""
+    alive = int(np.count_nonzero(store.support()))
+    return {
+        "model": name,
+        "space": store.space.id,
+        "layer": store.space.layer,
+        "docs": len(store.doc_ids),
+        "tokens": store.n_tokens,
+        "features_alive": alive,
+        "features": store.space.n_features,
+        "active_per_token": store.tokens.nnz / max(store.n_tokens, 1),
+        **store.counts,
+    }
+
+
+def views(adapters: tuple[Adapter, Adapter]) -> tuple[FeatureView, FeatureView]:
+    """Decoder directions of both models and the unembedding rows of the tokens that both vocabularies hold."""
+    words = [a.language.vocabulary() for a in adapters]
+    shared = sorted(set(words[0]) & set(words[1]))
+    made = []
+    for adapter, vocabulary in zip(adapters, words, strict=True):
+        rows = adapter.language.unembedding()[[vocabulary[w] for w in shared]]
+        made.append(FeatureView(adapter.space, adapter.dictionary.directions(), np.asarray(rows, dtype=np.float32)))
+    return made[0], made[1]
+
+
+def align(
+    adapters: tuple[Adapter, Adapter],
+    stores: tuple[ActivationStore, ActivationStore],
+    out: Path,
+    experiment: Experiment,
+) -> None:
+    """Fit every method on one part of the documents, and score its frozen matches on the other."""
+    from aligners.activation import ActivationAligner
+    from aligners.calibrate import score_matches
+    from aligners.decoder import DecoderAligner
+    from aligners.sinkhorn import SinkhornAligner
+    from aligners.tokens import pair_stores
+
+    settings = experiment.align
+    needs_residual = settings.use in ("map", "sinkhorn") or {"map", "sinkhorn"} & set(settings.methods)
+    pairs = pair_stores(*stores, residuals=bool(needs_residual))
+    fit, heldout = pairs.split(settings.fit_fraction, seed=experiment.seed)
+    source, target = views(adapters)
+    for method in settings.methods:
+        if method == "activation":
+            aligner: Any = ActivationAligner(min_support=settings.min_support)
+        elif method == "sinkhorn":
+            aligner = SinkhornAligner(
+                cost="fused", reg=settings.reg, max_iter=settings.max_iter, min_support=settings.min_support
+            )
+        else:
+            aligner = DecoderAligner(via=method)
+        aligner.fit(source, target, pairs=fit)
+        scored = score_matches(aligner.alignment_, heldout, n_null=settings.n_null, seed=experiment.seed)
+        info = {**scored.info, "n_rows_fit": len(fit.docs), "n_rows_heldout": len(heldout.docs)}
+        q = scored.matches["q_value"]
+        info["n_significant"] = int(np.count_nonzero(q <= settings.q_value))
+        # Seconds differ from run to run; results must not.
+        dataclasses.replace(scored, method=method, info=info, seconds=0.0).save(out / method)
+
+
+def significant(alignment: Alignment, q_value: float) -> Alignment:
+    """Only the matches with a q-value of at most ``q_value``; untestable ones are out."""
+    q = alignment.matches["q_value"]
+    keep = np.flatnonzero(np.isfinite(q) & (q <= q_value))
+    return dataclasses.replace(alignment, matches={c: v[keep] for c, v in alignment.matches.items()})
+
+
+def split_docs(store: ActivationStore, corpus: Corpus) -> sp.csr_matrix:
+    """Max-over-tokens rows of one split."""
+    return store.docs[store.rows([t.id for t in corpus])]
+
+
+def cover(store: ActivationStore, corpora: Mapping[str, Corpus], out: Path, experiment: Experiment) -> None:
+    """Thresholds and relevant features from the anchor; coverage of the seed data against it."""
+    settings = experiment.cover
+    anchor, seed = split_docs(store, corpora["anchor"]), split_docs(store, corpora["seed"])
+    rule = DeltaRule.parse(settings.delta)
+    delta = thresholds(anchor, rule)
+    relevant = judge_relevance(
+        store.space,
+        anchor,
+        [t.label for t in corpora["anchor"]],
+        [t.topic for t in corpora["anchor"]] if any(t.topic for t in corpora["anchor"]) else (),
+        delta=delta,
+        fdr=settings.fdr,
+        min_support=settings.min_docs,
+    )
+    report = coverage(
+        store.space,
+        anchor,
+        seed,
+        relevant,
+        delta,
+        dataset="seed",
+        delta_rule=str(rule),
+        n_bootstrap=settings.bootstrap,
+        seed=experiment.seed,
+    )
+    save_arrays(out / "delta.safetensors", {"delta": delta})
+    report.save(out / "seed.json")
+
+
+def load_delta(folder: Path) -> np.ndarray:
+    """Thresholds of one model, float32 [n_features]."""
+    return load_arrays(folder / "delta.safetensors")["delta"]
+
+
+def synth(
+    writer: str,
+    adapters: Mapping[str, Adapter],
+    store: ActivationStore,
+    plan: dict[str, Any],
+    covered: Mapping[str, tuple[CoverageReport, Path]],
+    corpora: Mapping[str, Corpus],
+    mappings: Mapping[str, Mapping[int, int]],
+    out: Path,
+    experiment: Experiment,
+) -> None:
+    """Write for every feature that some arm asks ``writer`` for, and score the kept texts in every space."""
+    settings = experiment.synth
+    adapter = adapters[writer]
+    report, folder = covered[writer]
+    delta = load_delta(folder)
+    anchor = corpora["anchor"]
+    docs = split_docs(store, anchor)
+    ids = np.array(arms.features_asked(plan), dtype=np.int64)
+    labels = majority_labels(docs, ids, [t.label for t in anchor], n_top=10)
+    judged = dict(zip(report.relevant.features.tolist(), report.relevant.labels, strict=True))
+    features = FeatureSet(
+        store.space,
+        ids,
+        "asked for by the arms",
+        labels=tuple(judged.get(int(i), x) for i, x in zip(ids, labels, strict=True)),
+    )
+    label_of = dict(zip(ids.tolist(), features.labels, strict=True))
+    examples = {
+        label: top_spans(
+            store, anchor.where(label, lambda t, x=label: t.label == x), ids.tolist(), k=2 * settings.examples
+        )
+        for label in sorted(set(features.labels))
+    }
+    shown = {i: [span.text for span in examples[label_of[i]].get(i, [])] for i in ids.tolist()}
+    kept = np.array([bool(shown[int(i)]) for i in ids], dtype=bool)
+    features = features.subset(ids[kept], features.why)
+
+    def written(steered: bool) -> SynthesisRun:
+        generator = SteeredGenerator(
+            adapter.language,
+            adapter.layer,
+            model=adapter.space.model,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+        norms = np.linalg.norm(adapter.dictionary.directions(), axis=1)
+        return synthesise(
+            adapter,
+            generator,
+            features,
+            shown,
+            delta,
+            missing=report.missing,
+            anchor_texts=[t.text for s in ("anchor", "seed") for t in corpora[s]],
+            steering=steering_vectors(adapter.dictionary.directions(), delta * norms) if steered else None,
+            strengths=settings.strengths,
+            n=settings.explore,
+            m=settings.contrast,
+            few_shot=settings.examples,
+            seed=experiment.seed,
+        )
+
+    run = written(steered=any(settings.strengths))
+    for name, other in adapters.items():
+        if name != writer:
+            run = score_targets(run, other, mappings[name])
+    texts = [c.text for c in run.kept]
+    for name, other in adapters.items():
+        codes = other.encode_texts(texts)[0] if texts else sp.csr_matrix((0, other.space.n_features), dtype=np.float32)
+        save_csr(out / f"codes-{name}.safetensors", codes)
+    run.save(out / "synthesis.json")
+    write_json(
+        out / "rows.json",
+        synthesis_rows(writer, run, plan, report, delta, load_csr(out / f"codes-{writer}.safetensors")),
+    )
+
+
+def synthesis_rows(
+    writer: str,
+    run: SynthesisRun,
+    plan: dict[str, Any],
+    report: CoverageReport,
+    delta: np.ndarray,
+    codes: sp.csr_matrix,
+) -> list[dict[str, Any]]:
+    """Counts per pool: the writer's missing features, and the random control."""
+    rows = []
+    fired = fires(codes, delta)
+    for pool in ("own", "random"):
+        asked = set(plan[pool])
+        part = dataclasses.replace(
+            run, pool=pool, n_requested=len(asked), candidates=tuple(c for c in run.candidates if c.feature in asked)
+        )
+        mine = [row for row, c in enumerate(run.kept) if c.feature in asked]
+        hit = np.asarray(fired[mine].sum(axis=0)).ravel()[report.missing.features] > 0
+        part = dataclasses.replace(part, n_hit=int(np.count_nonzero(hit)), n_missing=len(report.missing))
+        rows.append({**part.summary(), "source": report.space.model, "generator": run.generator, "writer": writer})
+    return rows
+
+
+def datasets(
+    written: Mapping[str, tuple[SynthesisRun, Path]],
+    plans: dict[str, dict[str, Any]],
+    covered: Mapping[str, tuple[CoverageReport, Path]],
+    stores: Mapping[str, ActivationStore],
+    corpora: Mapping[str, Corpus],
+    out: Path,
+    experiment: Experiment,
+) -> None:
+    """Training sets of every arm, and the coverage of each in the target's space."""
+    sets: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for target, (report, folder) in covered.items():
+        delta = load_delta(folder)
+        codes = {w: load_csr(f / f"codes-{target}.safetensors") for w, (_, f) in written.items()}
+        made = arms.training_sets(
+            target,
+            plans,
+            {w: run for w, (run, _) in written.items()},
+            {w: fires(c, delta) for w, c in codes.items()},
+            corpora["seed"],
+            corpora["anchor"],
+            experiment,
+        )
+        sets += made
+        anchor, seed = (split_docs(stores[target], corpora[s]) for s in ("anchor", "seed"))
+        for record in made:
+            if not record["written"]:
+                continue
+            writer = record["source"]
+            place = {(c.text, c.feature): row for row, c in enumerate(written[writer][0].kept)}
+            chosen = codes[writer][[place[w["text"], w["feature"]] for w in record["written"]]]
+            after = coverage(
+                stores[target].space,
+                anchor,
+                sp.vstack([seed, chosen], format="csr"),
+                report.relevant,
+                delta,
+                dataset=f"seed + {record['arm']} by {writer}",
+                delta_rule=report.delta_rule,
+                n_bootstrap=experiment.cover.bootstrap,
+                seed=experiment.seed,
+            )
+            hit = np.isin(report.missing.features, after.covered.features).sum()
+            rate = float(hit / len(report.missing)) if len(report.missing) else None
+            rows.append({**after.summary(), "arm": record["arm"], "writer": writer, "missing_hit_rate": rate})
+    write_json(out / "coverage.json", rows)
+    write_json(out / "datasets.json", sets)
+
+
+def tune(
+    adapters: Mapping[str, Adapter], folder: Path, corpora: Mapping[str, Corpus], out: Path, experiment: Experiment
+) -> None:
+    """Fine-tune and evaluate every cell of the grid; finished cells of a killed run are kept."""
+    from transfer.finetune import get_recipe
+    from transfer.matrix import Cell, run_cells, write_examples
+    from transfer.tasks import get_task
+    from transfer.tasks.intent import unseen_topics
+
+    evaluation = corpora["evaluation"]
+    unseen = unseen_topics(corpora["seed"], evaluation)
+    task = get_task(experiment.tune.task, positive=experiment.data.positive, unseen=unseen)
+    references = {name: adapter.space.model for name, adapter in adapters.items()}
+    cells = []
+    for record in read_json(folder / "datasets.json"):
+        examples = [(text, int(label == experiment.data.positive)) for text, label in record["examples"]]
+        file = out / "data" / f"{record['target']}-{record['arm']}-{record['generator'] or 'none'}.jsonl"
+        sha = write_examples(file, examples)
+        for recipe in experiment.tune.recipes:
+            for seed in experiment.tune.seeds:
+                cells.append(
+                    Cell(
+                        source=references[record["source"]] if record["generator"] else "",
+                        generator=references.get(record["generator"], ""),
+                        target=references[record["target"]],
+                        arm=record["arm"],
+                        recipe=get_recipe(recipe),
+                        seed=seed,
+                        file=str(file),
+                        file_hash=sha,
+                    )
+                )
+    hashes = {adapter.space.model: adapter.space.model_hash for adapter in adapters.values()}
+    found = run_cells(
+        cells, evaluation, task, processes=experiment.processes, out_dir=out / "cells", base_hashes=hashes
+    )
+    write_json(out / "grid.json", [dataclasses.asdict(result) for result in found])

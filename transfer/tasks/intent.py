@@ -1,0 +1,180 @@
+"""Harmful-intent detection, or any other two-label classification of texts: AUPRC, AUROC, calibration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transfer.core.errors import TransferError
+from transfer.core.files import replacing
+from transfer.core.objects import EvalResult, FinetuneRun
+from transfer.core.stats import WeightedMetric, bootstrap_stderr
+from transfer.core.texts import Corpus
+from transfer.tasks.base import Example, Predictor
+
+if TYPE_CHECKING:
+    from transfer.finetune import Recipe
+
+UNSEEN = "@unseen"
+"""Suffix of a metric restricted to the topics that the seed lacks."""
+
+
+@dataclass(frozen=True)
+class Intent:
+    """Two-label text classification; class 1 is the positive label."""
+
+    positive: str = "harmful"
+    """Label whose texts are to be found."""
+    negative: str = ""
+    """The other label; empty means the only other one in the corpus."""
+    unseen: tuple[str, ...] = ()
+    """Topics that the seed lacks; the metrics are repeated on their texts alone under ``auprc@unseen``."""
+    draws: int = 1000
+    """Bootstrap draws behind each standard error."""
+    name: str = field(default="intent", init=False)
+    metrics: tuple[str, ...] = field(default=("auprc", "auroc"), init=False)
+
+    def examples(self, corpus: Corpus) -> list[Example]:
+        """(text, 0 or 1) of every text; a corpus of one class only is fine here.
+
+        Raises:
+            TransferError: For unlabelled texts, or a label that is neither of the two.
+        """
+        unlabelled = [t.id for t in corpus if not t.label]
+        if unlabelled:
+            raise TransferError(
+                f"{len(unlabelled)} texts of {corpus.name} have no label, first {unlabelled[0]!r}.",
+                "Label them, or point the configuration at the column that holds the label.",
+            )
+        others = sorted({t.label for t in corpus} - {self.positive})
+        if self.negative:
+            others = [label for label in others if label != self.negative]
+        if len(others) > (0 if self.negative else 1):
+            raise TransferError(
+                f"{corpus.name} has the labels {', '.join(sorted({t.label for t in corpus}))}, but this task knows "
+                f"{self.positive!r} (positive) and {self.negative or 'one other'!r}.",
+                "Set the task's positive and negative labels.",
+            )
+        return [(t.text, int(t.label == self.positive)) for t in corpus]
+
+    def fit(self, base: Any, examples: list[Example], recipe: Recipe, seed: int) -> tuple[Any, FinetuneRun]:
+        """Fine-tune a sequence classifier; see ``transfer.finetune.finetune``."""
+        from transfer.finetune import finetune
+
+        return finetune(base, examples, recipe, seed)
+
+    def evaluate(self, model: Predictor, corpus: Corpus, out_file: Path) -> list[EvalResult]:
+        """AUPRC and AUROC of the positive probability, on all texts and on those of unseen topics.
+
+        Standard errors are bootstraps over examples with a fixed seed. ``out_file`` gets one JSON line a text (id,
+        label, score; no text).
+
+        Raises:
+            TransferError: When the corpus lacks one of the classes, or a score is not finite.
+        """
+        labels = np.array([label for _, label in self.examples(corpus)], dtype=np.int64)
+        if not 0 < labels.sum() < len(labels):
+            raise TransferError(
+                f"The evaluation corpus {corpus.name} has {int(labels.sum())} {self.positive!r} texts of "
+                f"{len(labels)}; a detection metric needs both classes.",
+                f"Labels found: {', '.join(sorted({t.label for t in corpus})) or 'none'}.",
+            )
+        predicted = model.predict([t.text for t in corpus])
+        scores = predicted.probabilities[:, 1]
+        if scores.shape != labels.shape or not np.all(np.isfinite(scores)):
+            raise TransferError(
+                f"{int(np.sum(~np.isfinite(scores)))} of {len(labels)} scores of {corpus.name} are not finite.",
+                "Lower the learning rate.",
+            )
+        with replacing(out_file) as part, part.open("w", encoding="utf8") as lines:
+            for text, label, score in zip(corpus, labels, scores, strict=True):
+                lines.write(json.dumps({"id": text.id, "label": int(label), "score": float(score)}) + "\n")
+
+        topics = set(self.unseen)
+        rows = np.array([t.topic in topics for t in corpus])
+        extra = {
+            "ece": expected_calibration_error(labels, scores),
+            "brier": float(np.mean((scores - labels) ** 2)),
+            "prevalence": float(labels.mean()),
+            "n_truncated": float(predicted.n_truncated),
+            "n_unseen": float(rows.sum()),
+            "n_unseen_positive": float(labels[rows].sum()),
+        }
+        results = [self._result(m, labels, scores, out_file, extra) for m in self.metrics]
+        if 0 < labels[rows].sum() < rows.sum():
+            prevalence = {"prevalence": float(labels[rows].mean())}
+            results += [self._result(m, labels[rows], scores[rows], out_file, prevalence, UNSEEN) for m in self.metrics]
+        return results
+
+    def _result(
+        self,
+        metric: str,
+        labels: np.ndarray,
+        scores: np.ndarray,
+        out_file: Path,
+        extra: dict[str, float],
+        suffix: str = "",
+    ) -> EvalResult:
+        from sklearn.metrics import average_precision_score, roc_auc_score
+
+        value = {"auprc": average_precision_score, "auroc": roc_auc_score}[metric](labels, scores)
+        return EvalResult(
+            task=self.name,
+            metric=metric + suffix,
+            value=float(value),
+            stderr=bootstrap_stderr(labels, scores, _WEIGHTED[metric], self.draws),
+            n=len(labels),
+            n_missing=0,
+            per_example=out_file.name,
+            extra=extra,
+        )
+
+    def weighted(self, metric: str) -> WeightedMetric | None:
+        """AUPRC or AUROC under example weights."""
+        return _WEIGHTED.get(metric)
+
+
+def expected_calibration_error(labels: np.ndarray, scores: np.ndarray, bins: int = 10) -> float:
+    """Mean gap between predicted and observed positive rate over equal-width bins (Naeini et al. 2015)."""
+    where = np.minimum((scores * bins).astype(int), bins - 1)
+    gap = np.bincount(where, scores - labels, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def _tie_groups(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positive and negative weight of each distinct score, highest first: two arrays [draws, groups]."""
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
+    weight, positive = counts[:, order], labels[order]
+    return np.add.reduceat(weight * positive, starts, axis=1), np.add.reduceat(weight * (1 - positive), starts, axis=1)
+
+
+def weighted_auprc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Average precision for each row of example weights [draws, n]; NaN where no positive is drawn."""
+    positive, negative = _tie_groups(labels, scores, counts)
+    hits = np.cumsum(positive, axis=1)
+    seen = hits + np.cumsum(negative, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.where(seen > 0, hits / seen, 0.0)
+        return (positive * precision).sum(axis=1) / hits[:, -1]
+
+
+def weighted_auroc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve for each row of example weights [draws, n]; NaN where a class is not drawn."""
+    positive, negative = _tie_groups(labels, scores, counts)
+    total = negative.sum(axis=1, keepdims=True)
+    below = total - np.cumsum(negative, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (positive * (below + negative / 2)).sum(axis=1) / (positive.sum(axis=1) * total[:, 0])
+
+
+_WEIGHTED: dict[str, WeightedMetric] = {"auprc": weighted_auprc, "auroc": weighted_auroc}
+
+
+def unseen_topics(seed: Corpus, evaluation: Corpus) -> tuple[str, ...]:
+    """Topics that the evaluation corpus has and the seed lacks."""
+    return tuple(sorted({t.topic for t in evaluation if t.topic} - {t.topic for t in seed}))
