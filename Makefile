@@ -10,7 +10,7 @@ export POT_BACKEND_DISABLE_PYTORCH := 1
 
 # torch goes first, on its own: a range would be answered with gigabytes of CUDA on machines without a GPU.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	HF_HUB_OFFLINE= $(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,llm,dev]'
 	touch $@

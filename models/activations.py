@@ -71,8 +71,10 @@ def harvest(
             counts = _counts_of(files, key)
             if counts is None:
                 arrays, counts = _shard(adapter, texts, begin, keep_residual, token_budget, max_tokens, advance)
+                # One entry only: safetensors writes several in random order, and equal runs must give equal bytes.
+                stamp = {"shard": json.dumps({"key": key, "counts": counts})}
                 for kind, path in files.items():
-                    save_arrays(path, arrays[kind], {"key": key, "counts": json.dumps(counts)})
+                    save_arrays(path, arrays[kind], stamp)
             else:
                 advance(counts["tokens"])
             totals = {name: totals[name] + counts[name] for name in totals}
@@ -111,7 +113,7 @@ def _shard(
         "empty": sum(not len(r.content) and not lost for r, lost in cut),
         "truncated": sum(lost for _, lost in cut),
         "clipped": 0,
-        "tokens": codes.tokens.shape[0],
+        "tokens": len(codes.docs),
     }
     arrays = {
         "tokens": {
@@ -143,12 +145,12 @@ def _counts_of(files: dict[str, Path], key: str) -> dict[str, int] | None:
     for path in files.values():
         try:
             with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
+                stamp = json.loads((file.metadata() or {}).get("shard", "{}"))
         except (OSError, SafetensorError):
             return None
-        if metadata.get("key") != key:
+        if stamp.get("key") != key:
             return None
-        counts = json.loads(metadata["counts"])
+        counts = stamp["counts"]
     return counts
 
 

@@ -43,7 +43,7 @@ def max_over_tokens(tokens: sp.csr_matrix, docs: np.ndarray, n_docs: int) -> tup
         Maxima, float32 CSR [docs, n_features], and the content-token position of each (its first, on ties) plus one,
         int32 CSR with the same pattern.
     """
-    shape = (n_docs, tokens.shape[1])
+    shape = (n_docs, tokens.get_shape()[1])
     columns = tokens.tocsc()
     if columns.nnz == 0:
         return sp.csr_matrix(shape, dtype=np.float32), sp.csr_matrix(shape, dtype=np.int32)
@@ -157,7 +157,7 @@ class Adapter:
             return Codes(sp.csr_matrix((0, self.space.n_features), dtype=np.float32), np.zeros(0, np.int32), empty)
         doc = np.concatenate(docs)
         order = np.argsort(doc, kind="stable")
-        tokens = sp.csr_matrix(sp.vstack(parts, format="csr")[order])
+        tokens = sp.csr_matrix(sp.csr_matrix(sp.vstack(parts, format="csr"))[order])
         return Codes(tokens, doc[order], np.concatenate(states)[order] if residual else None)
 
     def encode_texts(
@@ -233,9 +233,8 @@ class Adapter:
         expected = (self.dictionary.card.get("sae") or {}).get("check")
         if not expected:
             if found["nmse"] > 1:
-                say(
-                    f"{self.space.sae} explains nothing of {self.space.model} (error {found['nmse']:.2f}), and no card says why"
-                )
+                what = f"{self.space.sae} explains nothing of {self.space.model} (error {found['nmse']:.2f})"
+                say(f"{what}, and it has no card to compare with")
             return {**found, "checked": False, "same_texts": False}
         off = [
             f"{name} is {found[key]:.3g}, its card says {expected[key]:.3g}"

@@ -37,13 +37,15 @@ class Prompt:
     strength: float = 0.0
     contrast: tuple[str, str] | None = None
     """(x+, x−): the texts that activated the feature most and least so far; x− may be empty."""
+    opening: str = ""
+    """Words that each text starts with, such as an anchor span that activates the feature."""
 
     def hash(self, generator: str) -> str:
         """Lineage key: everything that decides what ``generator`` is asked."""
         steer = None
         if self.steer is not None and self.strength:
             steer = hashlib.sha256(np.ascontiguousarray(self.steer, dtype=np.float32).tobytes()).hexdigest()
-        return digest([generator, self.examples, self.n, self.seed, steer, self.strength, self.contrast])
+        return digest([generator, self.examples, self.n, self.seed, steer, self.strength, self.contrast, self.opening])
 
 
 class Generator(Protocol):
@@ -143,7 +145,7 @@ class SteeredGenerator:
                 if len(texts) != len(part):
                     raise TransferError(f"{self.name} answered {len(texts)} of {len(part)} prompts.")
                 for (i, _), text in zip(part, texts, strict=True):
-                    out[i].append(text.split("\n", 1)[0].strip())
+                    out[i].append((requests[i].opening + text).split("\n", 1)[0].strip())
                 advance(len(part))
         return out
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -23,6 +22,8 @@ RULES = {"topk": "topk-{k}", "standard": "relu", "jumprelu": "jumprelu", "gated"
 """Activation rule by SAELens architecture; others (transcoders, temporal, signed) do not fit a feature space."""
 CHUNK_BYTES = 64 << 20
 """Largest dense block [tokens, n_features] that encoding holds: 64 MiB, or one token's row where that is larger."""
+CHUNK_ROWS = 512
+"""More rows at once do not make the matrix product faster, but push the block out of the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,18 +155,19 @@ class Dictionary:
             float32 CSR [tokens, n_features], columns ascending in each row, explicit zeros dropped.
 
         Raises:
-            TransferError: When the width differs or a code is not finite.
+            TransferError: When the width differs or ``x`` is not finite.
         """
         if x.shape[-1] != self.d_model:
             raise TransferError(f"{self.ref} reads width {self.d_model}, got {x.shape[-1]}.")
-        step = max(1, chunk_bytes // (4 * self.n_features))
+        # Comparisons drop NaN silently, so it is looked for before encoding.
+        if not bool(torch.isfinite(x).all()):
+            raise TransferError(f"The residual stream for {self.ref} is not finite.", "Load the model in float32.")
+        step = max(1, min(CHUNK_ROWS, chunk_bytes // (4 * self.n_features)))
         encode = self._topk if self.k is not None else self._any
         parts = [encode(x[i : i + step].to(self.sae.device, torch.float32)) for i in range(0, len(x), step)]
         counts = np.concatenate([np.zeros(1, np.int64), *(p[0] for p in parts)])
         columns = np.concatenate([np.zeros(0, np.int32), *(p[1] for p in parts)])
         values = np.concatenate([np.zeros(0, np.float32), *(p[2] for p in parts)])
-        if not np.all(np.isfinite(values)):
-            raise TransferError(f"{self.ref} gave codes that are not finite.", "Use float32 for the model.")
         codes = sp.csr_matrix((values, columns, np.cumsum(counts)), shape=(len(x), self.n_features))
         codes.has_sorted_indices = True
         return codes
@@ -173,7 +175,7 @@ class Dictionary:
     def _topk(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         sae = self.sae
         x = self._normalised(x)[0] - sae.b_dec * sae.cfg.apply_b_dec_to_input
-        pre = x @ sae.W_enc + sae.b_enc
+        pre = torch.addmm(sae.b_enc, x, sae.W_enc)
         if self._norms is not None:
             pre = pre * self._norms
         values, columns = torch.topk(pre, self.sae.cfg.k, dim=-1, sorted=False)

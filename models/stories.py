@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.language import no_bars
+from models.checkpoint import no_bars
 from transfer.core.errors import TransferError
 
 

@@ -98,7 +98,7 @@ def train_sae(
         trainer.set_final_sae_metadata()
     with torch.no_grad():
         sae.fold_activation_norm_scaling_factor(float(scale))
-        sae.b_dec += mean
+        sae.b_dec.add_(mean)
     # A folder cannot be renamed over another one: write beside it, then swap.
     out = Path(out)
     part = out.with_name(f".{out.name}.part")

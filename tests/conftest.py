@@ -60,14 +60,14 @@ def build_tiny(name: str, folder: Path) -> Path:
     from sae_lens import TopKSAE, TopKSAEConfig
     from transformers import AutoModelForCausalLM
 
-    from models.language import no_bars
+    from models.checkpoint import no_bars
     from models.zoo.recipe import ZOO
     from models.zoo.tokenizer import train_tokenizer
 
     torch.set_num_threads(1)
     shape = {"intermediate_size": 64, "num_hidden_layers": 3, **SHAPES[name]}
     spec = dataclasses.replace(ZOO[name], vocab_size=512, hook_layer=2, shape=shape)
-    tokenizer = train_tokenizer(spec, SENTENCES * 4, folder)
+    tokenizer: Any = train_tokenizer(spec, SENTENCES * 4, folder)
     spec = dataclasses.replace(spec, vocab_size=len(tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

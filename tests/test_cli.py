@@ -26,7 +26,8 @@ def transfer(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, transfer.cli; print([m for m in ('torch','transformers','sae_lens','ot','sklearn','pandas') if m in sys.modules])"
+    heavy = ("torch", "transformers", "sae_lens", "ot", "sklearn", "pandas")
+    code = f"import sys, transfer.cli; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -1,4 +1,4 @@
-"""The demo end to end, smaller: the shape of its results, its report, and that a killed run ends with the same bytes."""
+"""The demo end to end, smaller: its results, its report, and that a killed run ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ SMALL = [
 ]
 SHAPE = {
     "alignments": {
-        "source", "target", "method", "n_features", "n_matches", "heldout_corr_median", "null_corr_median", "q_value_max",
+        "source", "target", "method", "n_features", "n_matches",
+        "heldout_corr_median", "null_corr_median", "q_value_max",
     },
     "coverage": {"model", "dataset", "fac", "n_anchor", "n_covered", "n_missing"},
     "synthesis": {"source", "generator", "n_requested", "n_kept", "missing_hit_rate", "rejected"},

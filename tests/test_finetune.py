@@ -189,7 +189,7 @@ def test_global_randomness_is_given_back(backbone):
 
 
 @pytest.mark.parametrize("recipe", [LORA, HEAD], ids=lambda r: r.kind)
-def test_saved_part_loads_again(backbone, recipe, tmp_path):
+def test_saved_part_loads_again_and_nothing_is_printed(backbone, recipe, tmp_path, capfd):
     out = tmp_path / "run"
     texts = [t for t, _ in EXAMPLES]
     model, _ = finetune(backbone, EXAMPLES, recipe, seed=3, out=out)
@@ -199,6 +199,7 @@ def test_saved_part_loads_again(backbone, recipe, tmp_path):
     assert not [n for n in names if n.endswith((".bin", ".pt", ".pkl"))]
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert np.array_equal(load_classifier(backbone, out).logits(texts), model.logits(texts))
+    assert capfd.readouterr() == ("", "")
     backbone_hash, backbone.hash = backbone.hash, "other"
     try:
         with pytest.raises(TransferError, match="was trained from test:llama"):

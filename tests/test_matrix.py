@@ -10,13 +10,10 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from models.zoo.recipe import ZOO
-from models.zoo.tokenizer import train_tokenizer
 from transfer import matrix
 from transfer.claims import compare, summarise, verdict
 from transfer.core.errors import StageError, TransferError
@@ -124,27 +121,11 @@ def test_results_come_in_the_order_of_the_cells(tmp_path):
     assert [(r.target, r.arm, r.seed) for r in one] == [(c.target, c.arm, c.seed) for c in cells]
 
 
-def tiny_model(name: str, folder: Path) -> str:
-    """A random model of one family, saved; returns its reference."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    spec = replace(ZOO[name], vocab_size=400, shape={**shape, "num_key_value_heads": 2, "head_dim": 12})
-    tokenizer: Any = train_tokenizer(spec, [t.text for t in EVALUATION], folder)
-    torch.manual_seed(3)
-    config = spec.config(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    config.vocab_size = max(len(tokenizer), 300)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return f"path:{folder}"
-
-
-def test_real_models_give_the_same_bits_in_one_process_and_in_two(tmp_path):
+def test_real_models_give_the_same_bits_in_one_process_and_in_two(tmp_path, tiny_mistral):
     recipes = [Recipe("lora", "lora", 1, 1e-3, 4, max_tokens=64), Recipe("head", "head", 2, 1e-2, 4, max_tokens=64)]
-    target = tiny_model("mistral", tmp_path / "mistral")
     few = Corpus("few", EVALUATION.texts[:20])
     cells = [
-        replace(cell(arm, target, seed, extra), recipe=recipe)
+        replace(cell(arm, f"path:{tiny_mistral}", seed, extra), recipe=recipe)
         for recipe in recipes
         for arm, seed, extra in [("seed_only", 0, ()), ("full", 1, (("poison wire", 1), ("bread", 0)))]
     ]
@@ -235,6 +216,9 @@ def test_training_sets_in_files(tmp_path):
     path.write_text(path.read_text().replace("lock", "door"))
     with pytest.raises(StageError, match="has changed"):
         run([replace(in_file, seed=1)], tmp_path / "out")
+    path.unlink()
+    with pytest.raises(StageError, match="does not exist"):
+        run([replace(in_file, seed=2)], tmp_path / "out")
     with pytest.raises(TransferError, match="needs its examples"):
         Cell("", "", "zoo:a", "full", RECIPE, 0)
     with pytest.raises(TransferError, match="Unknown arm 'best'"):
@@ -381,16 +365,28 @@ if __name__ == "__main__":
 """
 
 
+def alive(pid: int) -> bool:
+    """Whether the process still runs; a dead one that nobody has reaped does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_killed_grid_leaves_no_workers_behind(tmp_path):
     script = tmp_path / "grid.py"
     script.write_text(ORPHAN)
     env = {**os.environ, "PYTHONPATH": str(Path(matrix.__file__).parents[1])}
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env)
-    assert parent.stdout is not None
-    worker = int(parent.stdout.readline())
-    parent.kill()
-    parent.communicate()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and "State:\tZ" not in Path(f"/proc/{worker}/status").read_text():
-        assert time.monotonic() < deadline, "the worker outlived the grid"
-        time.sleep(0.05)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 10
+        try:
+            while alive(worker):
+                assert time.monotonic() < deadline, "the worker outlived the grid"
+                time.sleep(0.05)
+        finally:
+            if alive(worker):
+                os.kill(worker, signal.SIGKILL)

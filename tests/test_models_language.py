@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_a_hook_that_does_not_fire_is_an_error(language: LanguageModel) -> None:
 def test_generation_is_decided_by_the_seed(language: LanguageModel) -> None:
     prompts = ["Requests:\n- How do", "- a", ""]
     state = torch.get_rng_state()
-    options = dict(max_new_tokens=12, temperature=0.9, top_p=0.95, batch_size=2)
+    options: dict[str, Any] = dict(max_new_tokens=12, temperature=0.9, top_p=0.95, batch_size=2)
     first = language.generate(prompts, seed=3, **options)
     assert first == language.generate(prompts, seed=3, **options)
     assert first != language.generate(prompts, seed=4, **options)

@@ -16,6 +16,7 @@ from transfer.core.errors import TransferError
 from transfer.core.files import write_json
 
 D, WIDTH = 24, 96
+NORM_RESCALE: dict[str, Any] = {"normalize_activations": "constant_norm_rescale"}
 
 
 def make(folder: Path, config: Any, kind: Any, **metadata: Any) -> Path:
@@ -45,7 +46,7 @@ CASES: dict[str, tuple[Any, Any]] = {
     "topk, constant_norm_rescale": (topk(normalize_activations="constant_norm_rescale"), TopKSAE),
     "topk, layer_norm": (topk(normalize_activations="layer_norm"), TopKSAE),
     "relu, constant_norm_rescale": (
-        StandardSAEConfig(d_in=D, d_sae=WIDTH, normalize_activations="constant_norm_rescale"),
+        StandardSAEConfig(d_in=D, d_sae=WIDTH, **NORM_RESCALE),
         StandardSAE,
     ),
     "relu": (StandardSAEConfig(d_in=D, d_sae=WIDTH), StandardSAE),
@@ -81,14 +82,14 @@ def test_encode_and_decode_equal_saelens(case: str, x: torch.Tensor, tmp_path: P
 def test_directions_are_what_one_unit_adds(case: str, tmp_path: Path) -> None:
     ours = Dictionary.load(f"path:{make(tmp_path / 'sae', *CASES[case])}")
     nothing = sp.csr_matrix((WIDTH, WIDTH), dtype=np.float32)
-    added = ours.decode(sp.identity(WIDTH, dtype=np.float32, format="csr")) - ours.decode(nothing)
+    added = ours.decode(sp.csr_matrix(np.eye(WIDTH, dtype=np.float32))) - ours.decode(nothing)
     np.testing.assert_allclose(ours.directions(), added.numpy(), atol=1e-5)
     assert ours.directions().dtype == np.float32
 
 
 def test_negative_tops_are_dropped(tmp_path: Path) -> None:
     folder = make(tmp_path / "sae", topk(), TopKSAE)
-    sae = SAE.load_from_disk(folder)
+    sae: Any = SAE.load_from_disk(folder)
     sae.b_enc.data -= 100
     sae.save_model(folder)
     codes = Dictionary.load(f"path:{folder}").encode(torch.randn(4, D))

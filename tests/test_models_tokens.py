@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.language import LanguageModel
@@ -60,7 +60,7 @@ def test_ends_are_the_bytes_read(models: dict[str, LanguageModel], name: str, te
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen"])
 def test_ends_hold_for_any_text(models: dict[str, LanguageModel], name: str) -> None:
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, derandomize=True)
     @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), min_size=1, max_size=12))
     def run(text: str) -> None:
         # A normaliser rewrites some characters; those tokens are covered by the tests below.
@@ -109,7 +109,7 @@ def test_ends_compare_across_tokenizers(models: dict[str, LanguageModel]) -> Non
     for word_end in ("two", "two  spaces", "two  spaces 😀", "two  spaces 😀 日本", text):
         assert all(len(word_end.encode()) in e for e in ends.values()), word_end
     # Inside a character: all three spell the emoji byte by byte.
-    inside = len("two  spaces ".encode()) + 2
+    inside = len(b"two  spaces ") + 2
     assert all(inside in e for e in ends.values())
 
 
@@ -157,7 +157,7 @@ def test_vocabularies_share_byte_strings(models: dict[str, LanguageModel]) -> No
         assert not set(vocabulary.values()) & set(m.tokenizer.all_special_ids)
     shared = set.intersection(*(set(v) for v in vocabularies))
     assert {bytes([b]) for b in range(0x20, 0x7F)} <= shared
-    assert " the".encode() in vocabularies[0] and any(len(t) > 1 and t.startswith(b" ") for t in shared)
+    assert b" the" in vocabularies[0] and any(len(t) > 1 and t.startswith(b" ") for t in shared)
 
 
 def test_plain_tokenizer_without_template(tiny_mistral: Path, tiny_llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,13 @@ def test_a_killed_stage_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         RunDir(tmp_path, "run").stage("a", {}, killed)
 
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stage = next((tmp_path / ".store" / "a").iterdir())
+    (stage / f".x.json.part{dead.pid}").write_text("half")
+
     def rest(out: Path) -> None:
+        assert not list(out.glob(".*.part*"))
         assert (out / "part1").read_text() == "kept"
         (out / "part2").write_text("new")
 

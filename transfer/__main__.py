@@ -10,6 +10,7 @@ def main() -> None:
     """Run the command line; exit codes 0 done, 2 user error, 3 failed but resumable, 130 interrupted."""
     # Hub look-ups by accident are slow and leak what is being worked on; thread pools oversubscribe small machines.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("POT_BACKEND_DISABLE_PYTORCH", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("WANDB_MODE", "disabled")

@@ -59,6 +59,25 @@ def _through(
     show(result if as_json else _lines(result))
 
 
+SHOWN = {
+    "alignments": (
+        "source",
+        "target",
+        "method",
+        "n_matches",
+        "n_significant",
+        "heldout_corr_median",
+        "null_corr_median",
+    ),
+    "coverage": ("model", "dataset", "fac", "ci_low", "ci_high", "n_anchor", "n_covered", "n_missing"),
+    "synthesis": ("writer", "pool", "n_requested", "n_candidates", "n_kept", "missing_hit_rate"),
+    "transfer": ("target", "arm", "source", "recipe", "metric", "mean", "ci_low", "ci_high", "n_seeds"),
+    "comparisons": ("target", "recipe", "arm", "control", "delta", "low", "high", "verdict"),
+    "claims": ("verdict", "sentence"),
+}
+"""Columns of the readable form; ``--json`` has all."""
+
+
 def _lines(result: dict[str, Any]) -> str:
     """A short readable form of a verb's result."""
     lines: list[str] = []
@@ -66,7 +85,8 @@ def _lines(result: dict[str, Any]) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             lines.append(f"{name}:")
             for row in value:
-                cells = [f"{k} {_cell(v)}" for k, v in row.items() if not isinstance(v, (list, dict)) and v is not None]
+                keys = SHOWN.get(name, tuple(row))
+                cells = [f"{k} {_cell(row[k])}" for k in keys if not isinstance(row.get(k), (list, dict, type(None)))]
                 lines.append("  " + " · ".join(cells))
         else:
             lines.append(f"{name}: {_cell(value)}")
@@ -145,8 +165,8 @@ def zoo_train(
     data: Annotated[Path, typer.Option(help="Folder of the public training data.")] = Path("../shared/data"),
     out: Annotated[Path | None, typer.Option(help="Target folder; default: the zoo itself.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Train only this member; repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(help="Training tokens per language model.")] = 9_000_000,
-    sae_tokens: Annotated[int, typer.Option(help="Training tokens per SAE.")] = 2_000_000,
+    tokens: Annotated[int, typer.Option(help="Training tokens per language model.")] = 4_600_000,
+    sae_tokens: Annotated[int, typer.Option(help="Training tokens per SAE.")] = 1_200_000,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

@@ -132,7 +132,7 @@ def _card(pipeline: Pipeline, name: str) -> dict[str, Any]:
     card = adapter.language.card or {}
     return {
         "name": pipeline.spaces[name].model,
-        "layer": adapter.layer,
+        "layer": adapter.space.layer,
         "sae": pipeline.experiment.models[name].sae,
         "rule": adapter.space.rule,
         "d_model": adapter.space.d_model,

@@ -241,6 +241,14 @@ class Span:
                 return match.group().casefold()
         return ""
 
+    def opening(self, words: int = 5) -> str:
+        """The last ``words`` words up to the one that fires, whole: what a new text can start with."""
+        places = [m.span() for m in _WORD.finditer(self.text) if m.start() < self.end]
+        if not places:
+            return ""
+        begin, end = places[max(0, len(places) - words)][0], max(places[-1][1], self.end)
+        return " ".join(self.text[begin:end].split())
+
 
 def top_spans(store: ActivationStore, corpus: Corpus, features: Iterable[int], k: int = 10) -> dict[int, list[Span]]:
     """The ``k`` distinct texts in which each feature fires most, from the store alone.

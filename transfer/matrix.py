@@ -67,14 +67,22 @@ class Cell:
         """Hash of the training set."""
         return self.file_hash or data_hash(self.examples)
 
+    @property
+    def size(self) -> int:
+        """Roughly the bytes of the training set: what to start first."""
+        file = Path(self.file)
+        return file.stat().st_size if self.file and file.is_file() else sum(len(text) for text, _ in self.examples)
+
     def load(self) -> list[Example]:
         """The training set.
 
         Raises:
-            TransferError: When the file is not the one the cell was made with.
+            TransferError: When the file is missing or not the one the cell was made with.
         """
         if not self.file:
             return list(self.examples)
+        if not Path(self.file).is_file():
+            raise TransferError(f"The training set {self.file} does not exist.", "Plan the grid again.")
         with Path(self.file).open(encoding="utf8") as lines:
             examples = [(str(row["text"]), int(row["label"])) for row in map(json.loads, lines)]
         if data_hash(examples) != self.file_hash:
@@ -174,7 +182,7 @@ def run_cells(
     if distinct > len(todo):
         say(f"grid  {distinct - len(todo)} of {distinct} cells reused")
     # Target by target, so that a worker loads each base once; big ones first, so that no worker ends with one alone.
-    order = sorted(todo, key=lambda k: (todo[k].target, -len(todo[k].examples), k))
+    order = sorted(todo, key=lambda k: (todo[k].target, -todo[k].size, k))
     failures: dict[str, str] = {}
     with progress("fine-tuning grid", len(order), "cells") as advance:
         jobs = {k: (todo[k], k, evaluation, task, out_dir) for k in order}

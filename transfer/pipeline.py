@@ -1,4 +1,4 @@
-"""The stages in order. Each is content-keyed, so the same command continues, and a changed setting redoes only what follows."""
+"""The stages in order; each is content-keyed, so the same command continues and a change redoes only what follows."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ class Pipeline:
     def alignments(self) -> dict[tuple[str, str, str], Alignment]:
         """(source, target, method) → alignment, for all ordered pairs; each unordered pair is fitted once."""
         found: dict[tuple[str, str, str], Alignment] = {}
+        stores = self.stores
         for source, target in itertools.combinations(self.experiment.models, 2):
             settings = self.experiment.align
             inputs = {
@@ -110,7 +111,7 @@ class Pipeline:
                 "align",
                 inputs,
                 lambda out, s=source, t=target: stages.align(
-                    (self.adapters[s], self.adapters[t]), (self.stores[s], self.stores[t]), out, self.experiment
+                    (self.adapters[s], self.adapters[t]), (stores[s], stores[t]), out, self.experiment
                 ),
                 f"{source}-{target}",
             )
@@ -136,6 +137,7 @@ class Pipeline:
                     f"Name them in data.{split}, or give the data a split column with the value {split!r}.",
                 )
         found: dict[str, tuple[CoverageReport, Path]] = {}
+        stores = self.stores
         for name in self.experiment.models:
             folder = self.dir.stage(
                 "cover",
@@ -147,7 +149,7 @@ class Pipeline:
                     **self._settings("harvest", "cover"),
                     "seed": self.experiment.seed,
                 },
-                lambda out, n=name: stages.cover(self.stores[n], self.corpora, out, self.experiment),
+                lambda out, n=name: stages.cover(stores[n], self.corpora, out, self.experiment),
                 name,
             )
             found[name] = (CoverageReport.load(folder / "seed.json"), folder)

@@ -221,37 +221,36 @@ def synth(
         )
         for label in sorted(set(features.labels))
     }
-    shown = {i: [span.text for span in examples[label_of[i]].get(i, [])] for i in ids.tolist()}
-    kept = np.array([bool(shown[int(i)]) for i in ids], dtype=bool)
-    features = features.subset(ids[kept], features.why)
-
-    def written(steered: bool) -> SynthesisRun:
-        generator = SteeredGenerator(
-            adapter.language,
-            adapter.layer,
-            model=adapter.space.model,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
-        norms = np.linalg.norm(adapter.dictionary.directions(), axis=1)
-        return synthesise(
-            adapter,
-            generator,
-            features,
-            shown,
-            delta,
-            missing=report.missing,
-            anchor_texts=[t.text for s in ("anchor", "seed") for t in corpora[s]],
-            steering=steering_vectors(adapter.dictionary.directions(), delta * norms) if steered else None,
-            strengths=settings.strengths,
-            n=settings.explore,
-            m=settings.contrast,
-            few_shot=settings.examples,
-            seed=experiment.seed,
-        )
-
-    run = written(steered=any(settings.strengths))
+    spans = {i: examples[label_of[i]].get(i, []) for i in ids.tolist()}
+    features = features.subset(np.array([i for i in ids.tolist() if spans[i]], dtype=np.int64), features.why)
+    generator = SteeredGenerator(
+        adapter.language,
+        adapter.space.layer,
+        model=adapter.space.model,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        batch_size=settings.batch,
+        chunk=settings.batch,
+    )
+    directions = adapter.dictionary.directions()
+    run = synthesise(
+        adapter,
+        generator,
+        features,
+        {i: [span.text for span in found] for i, found in spans.items()},
+        delta,
+        missing=report.missing,
+        anchor_texts=[t.text for s in ("anchor", "seed") for t in corpora[s]],
+        # Strength 1 is the feature at its own threshold.
+        steering=steering_vectors(directions, delta * np.linalg.norm(directions, axis=1)),
+        strengths=settings.strengths,
+        n=settings.explore,
+        m=settings.contrast,
+        few_shot=settings.examples,
+        openings={i: [o for span in found[: settings.examples] if (o := span.opening())] for i, found in spans.items()},
+        seed=experiment.seed,
+    )
     for name, other in adapters.items():
         if name != writer:
             run = score_targets(run, other, mappings[name])

@@ -53,6 +53,7 @@ def synthesise(
     n: int = 4,
     m: int = 4,
     few_shot: int = 5,
+    openings: Mapping[int, Sequence[str]] | None = None,
     pool: str = "missing",
     seed: int = 0,
 ) -> SynthesisRun:
@@ -76,6 +77,8 @@ def synthesise(
         n: Candidates of step 1 a feature.
         m: Candidates of step 2; 0 for the one-step ablation.
         few_shot: Examples in a prompt.
+        openings: Per feature, short anchor spans ending where it fires. Every other candidate starts with one (the
+            counterpart, for a base model, of the paper's instruction to keep the activated span).
         pool: How the features were chosen: ``missing`` or ``random``.
         seed: Decides examples and sampling.
 
@@ -98,21 +101,25 @@ def synthesise(
         strengths, steering = (0.0,), None
     loop = _Loop(adapter, generator, dict(zip(ids, features.labels, strict=True)), delta, steering, seed)
 
-    requests = []
-    for feature in ids:
-        for part, (strength, count) in enumerate(_spread(strengths, n)):
-            rng = np.random.default_rng([seed, feature, 1, part])
+    def asked(feature: int, step: int, strengths: Sequence[float], total: int, pair: _Pair | None) -> list[_Request]:
+        spans = (openings or {}).get(feature, ())
+        made = []
+        for j in range(total):
+            rng = np.random.default_rng([seed, feature, step, j])
             shots = _few(examples[feature], few_shot, rng)
-            requests.append(_Request(feature, 1, strength, count, shots, int(rng.integers(2**31))))
-    first = loop.write(requests)
+            opening = spans[(j // 2) % len(spans)] if spans and j % 2 else ""
+            # Pairs of candidates, one free and one opened, share a strength.
+            strength = strengths[(j // 2 if spans else j) % len(strengths)]
+            made.append(_Request(feature, step, strength, 1, shots, int(rng.integers(2**31)), pair, opening))
+        return made
 
-    requests = []
-    for feature, pair in _pairs(first, loop.scores, ids, examples).items():
-        near = _near(sorted(set(strengths)), pair.strength)
-        for part, (strength, count) in enumerate(_spread(near, m)):
-            rng = np.random.default_rng([seed, feature, 2, part])
-            shots = _few(examples[feature], few_shot, rng)
-            requests.append(_Request(feature, 2, strength, count, shots, int(rng.integers(2**31)), pair))
+    first = loop.write([r for i in ids for r in asked(i, 1, strengths, n, None)])
+
+    requests = [
+        r
+        for feature, pair in _pairs(first, loop.scores, ids, examples).items()
+        for r in asked(feature, 2, _near(sorted(set(strengths)), pair.strength), m, pair)
+    ]
     drafts = first + (loop.write(requests) if requests else [])
 
     verdicts = _judge(drafts, loop.scores, delta, anchor_texts)
@@ -222,6 +229,7 @@ class _Request:
     examples: tuple[str, ...]
     seed: int
     pair: _Pair | None = None
+    opening: str = ""
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,7 @@ class _Loop:
                 steer=None if self.steering is None else self.steering[r.feature],
                 strength=r.strength,
                 contrast=(r.pair.positive, r.pair.negative) if r.pair else None,
+                opening=r.opening,
             )
             for r in requests
         ]
@@ -318,12 +327,6 @@ def _encode(scorer: Scorer, texts: Iterable[str], label: str) -> tuple[sp.csr_ma
 
 def _stack(parts: list[sp.csr_matrix]) -> sp.csr_matrix:
     return cast(sp.csr_matrix, sp.vstack(parts, format="csr"))
-
-
-def _spread(strengths: Sequence[float], total: int) -> list[tuple[float, int]]:
-    """``total`` candidates over strengths in turn, as (strength, how many)."""
-    counts = Counter(strengths[i % len(strengths)] for i in range(total))
-    return [(s, counts[s]) for s in dict.fromkeys(strengths) if counts[s]]
 
 
 def _near(strengths: list[float], best: float | None) -> list[float]:
@@ -400,5 +403,6 @@ def _candidate(draft: _Draft, verdict: str, loop: _Loop, space: str, delta: np.n
         prompt_hash=draft.prompt_hash,
         verdict=verdict,
         strength=request.strength,
+        opening=request.opening,
         **lineage,
     )

@@ -97,11 +97,12 @@ class CoverSection(Section):
 class SynthSection(Section):
     """The two-step synthesis."""
 
+    batch: int = Field(256, ge=1, description="Texts written at once.")
     features: int = Field(40, ge=1, description="Features asked for per arm.")
-    explore: int = Field(4, ge=2, description="Candidates of step 1 per feature.")
-    contrast: int = Field(4, ge=1, description="Candidates of step 2 per feature.")
+    explore: int = Field(6, ge=2, description="Candidates of step 1 per feature.")
+    contrast: int = Field(6, ge=1, description="Candidates of step 2 per feature.")
     strengths: tuple[float, ...] = Field(
-        (0.0, 1.0, 2.0), min_length=1, description="Steering strengths tried in step 1."
+        (0.0, 2.0, 4.0), min_length=1, description="Steering strengths tried in step 1."
     )
     examples: int = Field(4, ge=1, description="Anchor texts shown to the generator.")
     max_new_tokens: int = Field(40, ge=4)

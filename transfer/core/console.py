@@ -35,8 +35,8 @@ def show(value: Any) -> None:
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Progress over ``total`` units; yields the function that advances it.
 
-    On a terminal it is one live line with rate and ETA; elsewhere a plain line at most every ten seconds. Work that ends within two seconds
-    prints nothing.
+    On a terminal it is one live line with rate and ETA; elsewhere a plain line at most every ten seconds, so that
+    short work prints nothing.
     """
     start = time.monotonic()
     done = 0

@@ -43,6 +43,19 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that killed processes left under ``folder``."""
+    for part in Path(folder).rglob(".*.part*"):
+        owner = part.name.rpartition(".part")[2]
+        try:
+            if owner.isdigit():
+                os.kill(int(owner), 0)
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # another user's live process
+
+
 def _plain(value: Any) -> Any:
     """JSON-able, deterministic: numpy scalars unwrapped, NaN as null."""
     if isinstance(value, dict):
@@ -80,10 +93,17 @@ def read_json(path: Path) -> Any:
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Arrays as safetensors, atomically."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     with replacing(path) as part:
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata=metadata)
+        try:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata=metadata)
+        except SafetensorError as error:
+            # The library wraps the system's error in a text of its own.
+            if "os error 28" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
+            raise
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -377,6 +377,7 @@ class Alignment:
             matches={c: self.matches[swap.get(c, c)] for c in MATCH_COLUMNS},
             row_error=self.col_error,
             col_error=self.row_error,
+            info={_mirrored(k): v for k, v in self.info.items()},
         )
 
     def mapping(self) -> dict[int, int]:
@@ -452,6 +453,14 @@ class Alignment:
             null_corr=arrays.get("null_corr"),
             **{k: float("nan") if v is None and k in ("cost", "duality_gap") else v for k, v in meta.items()},
         )
+
+
+def _mirrored(name: str) -> str:
+    """``dead_source`` → ``dead_target`` and back."""
+    for here, there in (("_source", "_target"), ("_target", "_source")):
+        if name.endswith(here):
+            return name.removesuffix(here) + there
+    return name
 
 
 def _normalised(coupling: sp.csr_matrix) -> sp.csr_matrix:
@@ -544,6 +553,8 @@ class Candidate:
     """``kept`` or the reason of the rejection."""
     strength: float = 0.0
     """Steering strength used, in units of the feature's own activation scale."""
+    opening: str = ""
+    """Anchor span that the text was made to start with; empty for a free text."""
     positive: str = ""
     """x+ that conditioned step 2."""
     negative: str = ""

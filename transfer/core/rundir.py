@@ -10,7 +10,7 @@ from typing import Any
 
 from transfer.core.console import say
 from transfer.core.errors import TransferError
-from transfer.core.files import file_hash, read_json, replacing, write_json
+from transfer.core.files import file_hash, read_json, remove_leftovers, replacing, write_json
 from transfer.core.objects import SCHEMA, digest
 
 
@@ -62,6 +62,7 @@ class RunDir:
         if not resumed and (why := self._difference(title, inputs)):
             say(f"{title}  {why}")
         start = time.monotonic()
+        remove_leftovers(folder)
         write_json(folder / "key.json", {"stage": name, "title": title, "inputs": inputs})
         work(folder)
         seconds = time.monotonic() - start

@@ -1,0 +1,1 @@
+"""Speed against named peers, in the same run; one JSON line a case. Not collected by pytest."""

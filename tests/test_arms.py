@@ -1,0 +1,184 @@
+"""The control arms ask for what they say, and end with one budget and one label balance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from aligners.calibrate import shuffled
+from transfer.arms import features_asked, plan, training_sets
+from transfer.core.config import Experiment, load_experiment
+from transfer.core.objects import (
+    ActivationStore,
+    Alignment,
+    Candidate,
+    CoverageReport,
+    FeatureSet,
+    FeatureSpace,
+    SynthesisRun,
+)
+from transfer.core.texts import Corpus, Text
+
+N = 40
+LABELS = ("benign", "harmful")
+
+
+def space(name: str) -> FeatureSpace:
+    return FeatureSpace(f"zoo:{name}", name, 1, f"zoo:{name}/sae", name, N, 8, "topk-4", 3)
+
+
+def report(name: str, missing: list[int]) -> CoverageReport:
+    def features(ids: list[int], why: str) -> FeatureSet:
+        labels = tuple(LABELS[i % 2] for i in ids)
+        return FeatureSet(space(name), np.array(ids), why, labels=labels, scores=np.arange(len(ids), 0, -1.0))
+
+    everything = features(list(range(N)), "all")
+    covered = [i for i in range(N) if i not in missing]
+    return CoverageReport(
+        space(name), "seed", "anchor", everything, everything,
+        features(covered, "covered"), features(missing, "missing"),
+        len(covered) / N, len(covered) / N, 0.0, 1.0, "quantile:0.5", 10, 0.0,
+    )  # fmt: skip
+
+
+def alignment(source: str, target: str, pairs: list[tuple[int, int]]) -> Alignment:
+    src, tgt = np.array(pairs).T
+    score = np.linspace(1, 0.5, len(pairs))
+    nothing = np.zeros(len(pairs))
+    return Alignment(
+        space(source),
+        space(target),
+        "planted",
+        sp.csr_matrix((score, (src, tgt)), shape=(N, N)),
+        {"source": src, "target": tgt, "score": score, "heldout_corr": score, "p_value": nothing, "q_value": nothing},
+        converged=True,
+    )
+
+
+class Store(ActivationStore):
+    """Every feature fires in four of the anchor texts."""
+
+    @property
+    def docs(self) -> sp.csr_matrix:  # type: ignore[override]
+        rng = np.random.default_rng(0)
+        dense = np.zeros((len(self.doc_ids), N), dtype=np.float32)
+        for feature in range(N):
+            dense[rng.choice(len(self.doc_ids), 4, replace=False), feature] = 1
+        return sp.csr_matrix(dense)
+
+
+@pytest.fixture
+def anchor() -> Corpus:
+    return Corpus("anchor", tuple(Text(f"a{i}", f"anchor text {i}", LABELS[i % 2]) for i in range(20)))
+
+
+@pytest.fixture
+def seed() -> Corpus:
+    return Corpus("seed", tuple(Text(f"s{i}", f"seed text {i}", LABELS[i % 4 == 0]) for i in range(12)))
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    return load_experiment("demo", ["synth.features=10", "synth.budget=12"])
+
+
+PAIRS = [(i, (i * 7) % N) for i in range(N)]
+MISSING = {"s": [1, 4, 5, 8, 9, 12, 30], "t": [0, 7, 14, 21, 22, 33, 36, 39]}
+
+
+@pytest.fixture
+def plans(anchor: Corpus, experiment: Experiment) -> dict:
+    reports = {name: report(name, missing) for name, missing in MISSING.items()}
+    made = {}
+    for source, target in (("s", "t"), ("t", "s")):
+        pairs = PAIRS if source == "s" else [(b, a) for a, b in PAIRS]
+        real = {target: alignment(source, target, pairs)}
+        store = Store(Path("nowhere"), space(source), "c", tuple(t.id for t in anchor), 0, 0)
+        made[source] = plan(source, reports, real, {target: shuffled(real[target], seed=0)}, store, anchor, experiment)
+    return made
+
+
+def test_mapped_features_are_what_the_target_lacks(plans: dict) -> None:
+    for source, target in (("s", "t"), ("t", "s")):
+        pairs = dict(PAIRS) if source == "s" else {b: a for a, b in PAIRS}
+        mapped = plans[source]["mapped"][target]
+        assert {j for _, j in mapped} == set(MISSING[target])
+        assert all(pairs[i] == j for i, j in mapped)
+
+
+def test_shuffled_asks_for_as_many_but_other_features(plans: dict) -> None:
+    mapped, wrong = plans["s"]["mapped"]["t"], plans["s"]["shuffled"]["t"]
+    assert len(mapped) == len(wrong)
+    assert sum(dict(PAIRS)[i] == j for i, j in wrong) <= 2
+
+
+def test_random_features_are_not_missing(plans: dict) -> None:
+    for name, asked in plans.items():
+        assert not set(asked["random"]) & set(MISSING[name])
+        assert set(asked["own"]) <= set(MISSING[name])
+        assert len(asked["random"]) == 10
+
+
+def written(name: str, asked: list[int], per_feature: int) -> SynthesisRun:
+    candidates = [
+        Candidate(
+            space(name).id, "scripted", i, 1, k, f"{name} writes {i} {k}", LABELS[i % 2], 2.0 + k, 1.0, 0, "h", verdict
+        )
+        for i in asked
+        for k, verdict in enumerate(["kept"] * per_feature + ["below_threshold"])
+    ]
+    return SynthesisRun(space(name).id, "scripted", "own", len(asked), tuple(candidates), 1, 1)
+
+
+def test_written_arms_share_budget_and_balance(
+    plans: dict, anchor: Corpus, seed: Corpus, experiment: Experiment
+) -> None:
+    runs = {name: written(name, features_asked(p), 3) for name, p in plans.items()}
+    fires = {name: sp.csr_matrix(np.ones((len(run.kept), N), dtype=bool)) for name, run in runs.items()}
+    sets = training_sets("t", plans, runs, fires, seed, anchor, experiment)
+    counts = {
+        (s["arm"], s["source"]): tuple(sum(w["label"] == x for w in s["written"]) for x in LABELS)
+        for s in sets
+        if s["written"]
+    }
+    assert {arm for arm, _ in counts} == {"own", "mapped", "shuffled", "random"}
+    assert len(set(counts.values())) == 1
+    benign, harmful = next(iter(counts.values()))
+    assert benign + harmful <= experiment.synth.budget
+    # The seed holds three benign texts for one harmful.
+    assert benign == pytest.approx(3 * harmful, abs=1)
+    by_arm = {s["arm"]: s for s in sets}
+    assert len(by_arm["seed_only"]["examples"]) == len(seed)
+    assert len(by_arm["full"]["examples"]) == len(seed) + len(anchor)
+    asked = {i for i, _ in plans["s"]["mapped"]["t"]}
+    assert all(w["feature"] in asked for w in by_arm["mapped"]["written"])
+
+
+def test_texts_verified_in_the_target_come_first(
+    plans: dict, anchor: Corpus, seed: Corpus, experiment: Experiment
+) -> None:
+    runs = {name: written(name, features_asked(p), 3) for name, p in plans.items()}
+    fires = {name: sp.lil_matrix((len(run.kept), N), dtype=bool) for name, run in runs.items()}
+    # Only the weakest text of each mapped feature also fires in the target.
+    mapping = dict(plans["s"]["mapped"]["t"])
+    for row, c in enumerate(runs["s"].kept):
+        if c.feature in mapping and c.attempt == 0:
+            fires["s"][row, mapping[c.feature]] = True
+    sets = training_sets("t", plans, runs, {n: f.tocsr() for n, f in fires.items()}, seed, anchor, experiment)
+    mapped = next(s for s in sets if s["arm"] == "mapped")
+    first = {}
+    for w in mapped["written"]:
+        first.setdefault(w["feature"], w["text"])
+    assert all(text.endswith(" 0") for text in first.values())
+    assert mapped["n_verified"] == len(first)
+
+
+def test_the_scarcest_arm_cuts_all(plans: dict, anchor: Corpus, seed: Corpus, experiment: Experiment) -> None:
+    runs = {"s": written("s", features_asked(plans["s"]), 3), "t": written("t", plans["t"]["own"][:2], 1)}
+    fires = {name: sp.csr_matrix((len(run.kept), N), dtype=bool) for name, run in runs.items()}
+    sets = training_sets("t", plans, runs, fires, seed, anchor, experiment)
+    sizes = {s["arm"]: len(s["written"]) for s in sets if s["arm"] not in ("seed_only", "full")}
+    assert len(set(sizes.values())) == 1 and next(iter(sizes.values())) <= 2
