@@ -22,6 +22,8 @@ from transfer.core.objects import Alignment, FeatureView, PairedActivations
 Cost = Literal["activation", "map", "unembedding", "fused"]
 KEEP = 8
 """Entries of the plan kept per row and per column."""
+MAX_COST = 5.0
+"""No pair that costs this much beats the slack, and larger costs would only force the slow log domain."""
 LOG_DOMAIN = 200.0
 """Above this ratio of cost to reg the kernel would underflow, so the slower log domain is used."""
 
@@ -192,7 +194,7 @@ class SinkhornAligner(Aligner):
             raise TransferError(f"Unknown cost {self.cost!r}.", "Use 'activation', 'map', 'unembedding' or 'fused'.")
         similarity, src_ids, tgt_ids, info = self._similarity(source, target, pairs)
         plan = entropic_plan(
-            np.maximum(1 - similarity, 0),
+            np.clip(1 - similarity, 0, MAX_COST),
             reg=self.reg,
             slack=self.slack,
             max_iter=self.max_iter,

@@ -20,8 +20,8 @@ from transfer.core.files import load_arrays, load_csr, read_json, save_arrays, s
 from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSet, FeatureView, SynthesisRun
 from transfer.core.texts import Corpus
 from transfer.corpus import load_corpus
-from transfer.coverage import DeltaRule, coverage, fires, thresholds
-from transfer.explain import judge_relevance, majority_labels, top_spans
+from transfer.coverage import DeltaRule, coverage, fires, missing_hit_rate, thresholds
+from transfer.explain import judge_relevance, top_spans
 from transfer.synthesis import score_targets, steering_vectors, synthesise
 
 SPLITS = ("anchor", "seed", "evaluation")
@@ -204,25 +204,11 @@ def synth(
     report, folder = covered[writer]
     delta = load_delta(folder)
     anchor = corpora["anchor"]
-    docs = split_docs(store, anchor)
     ids = np.array(arms.features_asked(plan), dtype=np.int64)
-    labels = majority_labels(docs, ids, [t.label for t in anchor], n_top=10)
-    judged = dict(zip(report.relevant.features.tolist(), report.relevant.labels, strict=True))
-    features = FeatureSet(
-        store.space,
-        ids,
-        "asked for by the arms",
-        labels=tuple(judged.get(int(i), x) for i, x in zip(ids, labels, strict=True)),
-    )
-    label_of = dict(zip(ids.tolist(), features.labels, strict=True))
-    examples = {
-        label: top_spans(
-            store, anchor.where(label, lambda t, x=label: t.label == x), ids.tolist(), k=2 * settings.examples
-        )
-        for label in sorted(set(features.labels))
-    }
-    spans = {i: examples[label_of[i]].get(i, []) for i in ids.tolist()}
-    features = features.subset(np.array([i for i in ids.tolist() if spans[i]], dtype=np.int64), features.why)
+    # A feature of a label is written for in that label alone, a feature of a topic (or of nothing) in every label.
+    relevant = report.relevant
+    facet = dict(zip(relevant.features.tolist(), relevant.descriptions, strict=True))
+    own_label = dict(zip(relevant.features.tolist(), relevant.labels, strict=True))
     generator = SteeredGenerator(
         adapter.language,
         adapter.space.layer,
@@ -234,22 +220,43 @@ def synth(
         chunk=settings.batch,
     )
     directions = adapter.dictionary.directions()
-    run = synthesise(
-        adapter,
-        generator,
-        features,
-        {i: [span.text for span in found] for i, found in spans.items()},
-        delta,
-        missing=report.missing,
-        anchor_texts=[t.text for s in ("anchor", "seed") for t in corpora[s]],
-        # Strength 1 is the feature at its own threshold.
-        steering=steering_vectors(directions, delta * np.linalg.norm(directions, axis=1)),
-        strengths=settings.strengths,
-        n=settings.explore,
-        m=settings.contrast,
-        few_shot=settings.examples,
-        openings={i: [o for span in found[: settings.examples] if (o := span.opening())] for i, found in spans.items()},
-        seed=experiment.seed,
+    known = [t.text for s in ("anchor", "seed") for t in corpora[s]]
+    runs: list[SynthesisRun] = []
+    for label in sorted({t.label for t in anchor}):
+        wanted = [i for i in ids.tolist() if not facet.get(i, "").startswith("label ") or own_label[i] == label]
+        texts = anchor.where(f"{anchor.name}/{label}", lambda t, x=label: t.label == x)
+        spans = top_spans(store, texts, wanted, k=2 * settings.examples)
+        asked = np.array([i for i in wanted if spans[i]], dtype=np.int64)
+        if not len(asked):
+            continue
+        runs.append(
+            synthesise(
+                adapter,
+                generator,
+                FeatureSet(store.space, asked, "asked for by the arms", labels=(label,) * len(asked)),
+                {i: [span.text for span in spans[i]] for i in asked.tolist()},
+                delta,
+                missing=report.missing,
+                anchor_texts=known + [c.text for done in runs for c in done.kept],
+                # Strength 1 is the feature at its own threshold.
+                steering=steering_vectors(directions, delta * np.linalg.norm(directions, axis=1)),
+                strengths=settings.strengths,
+                n=settings.explore,
+                m=settings.contrast,
+                few_shot=settings.examples,
+                openings={
+                    i: [o for span in spans[i][: settings.examples] if (o := span.opening())] for i in asked.tolist()
+                },
+                seed=experiment.seed,
+            )
+        )
+    if not runs:
+        raise TransferError(f"No arm asks {writer} for a feature that labelled anchor texts activate.")
+    run = dataclasses.replace(
+        runs[0],
+        pool="all arms",
+        n_requested=len(ids),
+        candidates=tuple(c for part in runs for c in part.candidates),
     )
     for name, other in adapters.items():
         if name != writer:
@@ -258,10 +265,12 @@ def synth(
     for name, other in adapters.items():
         codes = other.encode_texts(texts)[0] if texts else sp.csr_matrix((0, other.space.n_features), dtype=np.float32)
         save_csr(out / f"codes-{name}.safetensors", codes)
+    codes = load_csr(out / f"codes-{writer}.safetensors")
+    run = dataclasses.replace(run, n_hit=missing_hit_rate(report.missing, codes, delta)[0])
     run.save(out / "synthesis.json")
     write_json(
         out / "rows.json",
-        synthesis_rows(writer, run, plan, report, delta, load_csr(out / f"codes-{writer}.safetensors")),
+        synthesis_rows(writer, run, plan, report, delta, codes),
     )
 
 

@@ -48,7 +48,7 @@ def held_out_texts(data: Path) -> dict[str, list[str]]:
 def bits_per_byte(language: LanguageModel, texts: list[str]) -> float:
     """Bits a model needs per UTF-8 byte of plain texts; comparable across tokenizers."""
     nats, n_bytes = language.log_likelihood(texts)
-    return -nats / math.log(2) / n_bytes if nats < 0 else nats / math.log(2) / n_bytes
+    return nats / math.log(2) / n_bytes
 
 
 def measure(folder: Path, data: Path | None) -> dict[str, Any]:

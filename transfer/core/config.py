@@ -98,9 +98,9 @@ class SynthSection(Section):
     """The two-step synthesis."""
 
     batch: int = Field(256, ge=1, description="Texts written at once.")
-    features: int = Field(40, ge=1, description="Features asked for per arm.")
-    explore: int = Field(6, ge=2, description="Candidates of step 1 per feature.")
-    contrast: int = Field(6, ge=1, description="Candidates of step 2 per feature.")
+    features: int = Field(30, ge=1, description="Features asked for per arm.")
+    explore: int = Field(3, ge=2, description="Candidates of step 1 per feature and label.")
+    contrast: int = Field(3, ge=1, description="Candidates of step 2 per feature and label.")
     strengths: tuple[float, ...] = Field(
         (0.0, 2.0, 4.0), min_length=1, description="Steering strengths tried in step 1."
     )
