@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
+import scipy.sparse as sp
 from jaxtyping import Float, Int
 
+from aligners.base import match_columns
 from aligners.topk import TopK, topk_blocks
 from transfer.core.errors import TransferError
+from transfer.core.objects import Alignment
 
 Rule = Literal["mutual", "one_to_one"]
 DENSE_LIMIT = 4096
@@ -22,6 +26,26 @@ def mutual_nearest(top: TopK) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " 
     best = top.row_ids[:, 0]
     keep = top.col_ids[best, 0] == rows
     return rows[keep], best[keep]
+
+
+def counterparts(alignment: Alignment) -> Alignment:
+    """Every feature with its best partner in the coupling, either way round; several may share one.
+
+    Mutual matches say which features correspond; this says where to go from a feature that has no mutual match, as
+    carrying a list of features to another model needs. Scored anew by ``aligners.calibrate.score_matches``.
+    """
+    coupling = sp.csr_matrix(alignment.coupling)
+    coupling.eliminate_zeros()
+    pairs: set[tuple[int, int]] = set()
+    for matrix, flip in ((coupling, False), (sp.csr_matrix(coupling.T), True)):
+        best = np.asarray(matrix.argmax(axis=1)).ravel()
+        for i in np.flatnonzero(np.diff(matrix.indptr)):
+            pairs.add((int(best[i]), int(i)) if flip else (int(i), int(best[i])))
+    src, tgt = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
+    score = np.asarray(coupling[src, tgt], dtype=np.float64).ravel()
+    return dataclasses.replace(
+        alignment, method=f"{alignment.method}-best", matches=match_columns(src, tgt, score), null_corr=None
+    )
 
 
 def one_to_one(

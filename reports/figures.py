@@ -334,5 +334,5 @@ def overview(results: dict[str, Any], path: Path) -> Path:
             entries = [("mapped", VERMILLION), ("own", BLUE), ("full data", GREEN), ("control", GREY)]
             legend(second, [key(label, colour) for label, colour in entries], columns=4)
         with replacing(path) as part:
-            figure.savefig(part, format="png", dpi=150, metadata={"Software": None})
+            figure.savefig(part, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     return path

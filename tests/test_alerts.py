@@ -15,7 +15,7 @@ def numbers() -> dict:
         ],
         "coverage": [{"model": "a", "dataset": "seed", "n_missing": 50}],
         "transfer": [
-            {"arm": "mapped", "n_train": 158},
+            {"arm": "mapped", "n_train": 118},
             {"arm": "seed_only", "n_train": 78},
         ],
         "comparisons": [{"arm": "mapped", "low": 0.01, "high": 0.02}],
@@ -33,7 +33,7 @@ def test_nothing_wrong_gives_no_alert() -> None:
     [
         ("alignments", {"converged": False}, "did not converge"),
         ("coverage", {"n_missing": 3}, "only 3"),
-        ("transfer", {"n_train": 90}, "only 12 of the 80"),
+        ("transfer", {"n_train": 90}, "only 12 of the 40"),
         ("comparisons", {"low": -0.01}, "spans zero"),
         ("synthesis", {"n_kept": 1}, "kept only 1"),
     ],

@@ -167,7 +167,7 @@ def test_texts_verified_in_the_target_come_first(
     for row, c in enumerate(runs["s"].kept):
         if c.feature in mapping and c.attempt == 0:
             fires["s"][row, mapping[c.feature]] = True
-    sets = training_sets("t", plans, runs, {n: f.tocsr() for n, f in fires.items()}, seed, anchor, experiment)
+    sets = training_sets("t", plans, runs, {n: sp.csr_matrix(f) for n, f in fires.items()}, seed, anchor, experiment)
     mapped = next(s for s in sets if s["arm"] == "mapped")
     first = {}
     for w in mapped["written"]:

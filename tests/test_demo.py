@@ -20,7 +20,6 @@ SMALL = [
     "synth.strengths=[0.0,1.0]",
     "synth.max_new_tokens=24",
     "synth.budget=16",
-    "tune.recipes=[head]",
     "cover.bootstrap=20",
     "align.n_null=5",
     "processes=1",

@@ -47,7 +47,7 @@ def plan(
 
     Returns:
         ``own`` and ``random``: feature ids; ``mapped`` and ``shuffled``: per target, pairs
-        (writer feature, matched target feature), best match first.
+        (writer feature, matched target feature), one a missing feature, best match first.
     """
     limit = experiment.synth.features
     missing = coverage[writer].missing
@@ -60,10 +60,13 @@ def plan(
     random = np.sort(rng.choice(live, size=min(limit, len(live)), replace=False))
 
     def wanted(alignment: Alignment, target: str) -> list[list[int]]:
-        lacking = np.isin(alignment.matches["target"], coverage[target].missing.features)
+        lacking = set(coverage[target].missing.features.tolist())
         order = np.argsort(-alignment.matches["score"], kind="stable")
-        rows = [i for i in order if lacking[i]][:limit]
-        return [[int(alignment.matches["source"][i]), int(alignment.matches["target"][i])] for i in rows]
+        best: dict[int, int] = {}
+        for i in order:
+            if int(alignment.matches["target"][i]) in lacking:
+                best.setdefault(int(alignment.matches["target"][i]), int(alignment.matches["source"][i]))
+        return [[i, j] for j, i in best.items()][:limit]
 
     return {
         "own": own.tolist(),
@@ -77,6 +80,22 @@ def features_asked(plan: dict[str, Any]) -> list[int]:
     """All features that some arm asks this writer for, ascending."""
     pairs = [pair for arm in ("mapped", "shuffled") for rows in plan[arm].values() for pair in rows]
     return sorted({*plan["own"], *plan["random"], *(i for i, _ in pairs)})
+
+
+def candidate_share(plan: dict[str, Any], limit: int) -> dict[int, float]:
+    """How many times the usual candidates each feature gets, so that every arm has about as many in all.
+
+    Args:
+        plan: See ``plan``.
+        limit: Features of a full arm.
+    """
+    groups = [set(plan["own"]), set(plan["random"])]
+    groups += [{i for i, _ in rows} for arm in ("mapped", "shuffled") for rows in plan[arm].values()]
+    share: dict[int, float] = {}
+    for group in groups:
+        for i in group:
+            share[i] = max(share.get(i, 1.0), limit / len(group))
+    return share
 
 
 def training_sets(
@@ -146,12 +165,14 @@ def _pool(
     if arm in ("own", "random"):
         features = set(plan[arm])
         return [c for c in run.kept if c.feature in features], set()
-    mapping = {i: j for i, j in plan[arm][target]}
+    mapping: dict[int, list[int]] = {}
+    for i, j in plan[arm][target]:
+        mapping.setdefault(i, []).append(j)
     pool, verified = [], set()
     for row, candidate in enumerate(run.kept):
         if candidate.feature in mapping:
             pool.append(candidate)
-            if fires[row, mapping[candidate.feature]]:
+            if any(fires[row, j] for j in mapping[candidate.feature]):
                 verified.add(id(candidate))
     return pool, verified
 

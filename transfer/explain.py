@@ -211,6 +211,7 @@ def majority_labels(docs: sp.csr_matrix, ids: np.ndarray, labels: Sequence[str],
 
 
 # --- spans --------------------------------------------------------------------------------------------------------
+_SENTENCE = re.compile(r"[.!?]+[\"'’)]*\s+")
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,10 @@ class Span:
                 return match.group().casefold()
         return ""
 
-    def opening(self, words: int = 5) -> str:
-        """The last ``words`` words up to the one that fires, whole: what a new text can start with."""
-        places = [m.span() for m in _WORD.finditer(self.text) if m.start() < self.end]
+    def opening(self, words: int = 8) -> str:
+        """Where a new text can start: the sentence up to the word that fires, at most its last ``words`` words."""
+        start = max((m.end() for m in _SENTENCE.finditer(self.text) if m.end() <= self.start), default=0)
+        places = [m.span() for m in _WORD.finditer(self.text) if start <= m.start() < self.end]
         if not places:
             return ""
         begin, end = places[max(0, len(places) - words)][0], max(places[-1][1], self.end)

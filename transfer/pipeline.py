@@ -115,17 +115,21 @@ class Pipeline:
                 ),
                 f"{source}-{target}",
             )
-            for method in settings.methods:
+            for method in (*settings.methods, f"{settings.use}-best"):
                 alignment = Alignment.load(folder / method)
                 found[source, target, method] = alignment
                 found[target, source, method] = alignment.reversed()
         return found
 
     def matches(self, source: str, target: str) -> Alignment:
-        """The alignment that carries features, only its significant matches."""
-        return stages.significant(
-            self.alignments[source, target, self.experiment.align.use], self.experiment.align.q_value
-        )
+        """Significant mutual matches of the method in use: which features correspond."""
+        settings = self.experiment.align
+        return stages.significant(self.alignments[source, target, settings.use], settings.q_value)
+
+    def carriers(self, source: str, target: str) -> Alignment:
+        """Each feature's significant best partner under the method in use: where to go from a missing feature."""
+        settings = self.experiment.align
+        return stages.significant(self.alignments[source, target, f"{settings.use}-best"], settings.q_value)
 
     @cached_property
     def coverage(self) -> dict[str, tuple[CoverageReport, Path]]:
@@ -160,7 +164,7 @@ class Pipeline:
         """Per writing model: which features each arm of each target asks for (see ``arms.plan``)."""
         found: dict[str, dict[str, Any]] = {}
         for source in self.experiment.models:
-            real = {t: self.matches(source, t) for t in self._others(source)}
+            real = {t: self.carriers(source, t) for t in self._others(source)}
             wrong = {t: shuffled(a, seed=self.experiment.seed) for t, a in real.items()}
             reports = {name: report for name, (report, _) in self.coverage.items()}
             found[source] = arms.plan(
@@ -191,7 +195,7 @@ class Pipeline:
                     self.plans[n],
                     self.coverage,
                     self.corpora,
-                    {t: self.matches(n, t).mapping() for t in self._others(n)},
+                    {t: self.carriers(n, t).mapping() for t in self._others(n)},
                     out,
                     self.experiment,
                 ),
@@ -246,6 +250,15 @@ class Pipeline:
         pairs = itertools.permutations(self.experiment.models, 2)
         methods = self.experiment.align.methods
         numbers["alignments"] = [self.alignments[s, t, m].summary() for s, t in pairs for m in methods]
+        numbers["carriers"] = [
+            {
+                "source": a.source.model,
+                "target": a.target.model,
+                "n_pairs": len(a),
+                "q_value": self.experiment.align.q_value,
+            }
+            for a in (self.carriers(s, t) for s, t in itertools.permutations(self.experiment.models, 2))
+        ]
         if rank >= 2:
             numbers["coverage"] = [report.summary() for report, _ in self.coverage.values()]
         if rank >= 3:

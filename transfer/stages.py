@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def align(
 ) -> None:
     """Fit every method on one part of the documents, and score its frozen matches on the other."""
     from aligners.activation import ActivationAligner
+    from aligners.assignment import counterparts
     from aligners.calibrate import score_matches
     from aligners.decoder import DecoderAligner
     from aligners.sinkhorn import SinkhornAligner
@@ -122,6 +124,19 @@ def align(
     pairs = pair_stores(*stores, residuals=bool(needs_residual))
     fit, heldout = pairs.split(settings.fit_fraction, seed=experiment.seed)
     source, target = views(adapters)
+
+    def score(alignment: Alignment, name: str) -> None:
+        scored = score_matches(alignment, heldout, n_null=settings.n_null, seed=experiment.seed)
+        q = scored.matches["q_value"]
+        info = {
+            **scored.info,
+            "n_rows_fit": len(fit.docs),
+            "n_rows_heldout": len(heldout.docs),
+            "n_significant": int(np.count_nonzero(q <= settings.q_value)),
+        }
+        # Seconds differ from run to run; results must not.
+        dataclasses.replace(scored, method=name, info=info, seconds=0.0).save(out / name)
+
     for method in settings.methods:
         if method == "activation":
             aligner: Any = ActivationAligner(min_support=settings.min_support)
@@ -132,12 +147,9 @@ def align(
         else:
             aligner = DecoderAligner(via=method)
         aligner.fit(source, target, pairs=fit)
-        scored = score_matches(aligner.alignment_, heldout, n_null=settings.n_null, seed=experiment.seed)
-        info = {**scored.info, "n_rows_fit": len(fit.docs), "n_rows_heldout": len(heldout.docs)}
-        q = scored.matches["q_value"]
-        info["n_significant"] = int(np.count_nonzero(q <= settings.q_value))
-        # Seconds differ from run to run; results must not.
-        dataclasses.replace(scored, method=method, info=info, seconds=0.0).save(out / method)
+        score(aligner.alignment_, method)
+        if method == settings.use:
+            score(counterparts(aligner.alignment_), f"{method}-best")
 
 
 def significant(alignment: Alignment, q_value: float) -> Alignment:
@@ -205,6 +217,8 @@ def synth(
     delta = load_delta(folder)
     anchor = corpora["anchor"]
     ids = np.array(arms.features_asked(plan), dtype=np.int64)
+    # Arms that ask for few features get as many candidates in all as the others.
+    share = arms.candidate_share(plan, settings.features)
     # A feature of a label is written for in that label alone, a feature of a topic (or of nothing) in every label.
     relevant = report.relevant
     facet = dict(zip(relevant.features.tolist(), relevant.descriptions, strict=True))
@@ -241,8 +255,8 @@ def synth(
                 # Strength 1 is the feature at its own threshold.
                 steering=steering_vectors(directions, delta * np.linalg.norm(directions, axis=1)),
                 strengths=settings.strengths,
-                n=settings.explore,
-                m=settings.contrast,
+                n={i: math.ceil(settings.explore * share[i]) for i in asked.tolist()},
+                m={i: math.ceil(settings.contrast * share[i]) for i in asked.tolist()},
                 few_shot=settings.examples,
                 openings={
                     i: [o for span in spans[i][: settings.examples] if (o := span.opening())] for i in asked.tolist()
@@ -332,7 +346,7 @@ def datasets(
             after = coverage(
                 stores[target].space,
                 anchor,
-                sp.vstack([seed, chosen], format="csr"),
+                sp.csr_matrix(sp.vstack([seed, chosen])),
                 report.relevant,
                 delta,
                 dataset=f"seed + {record['arm']} by {writer}",

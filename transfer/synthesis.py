@@ -50,8 +50,8 @@ def synthesise(
     anchor_texts: Iterable[str],
     steering: np.ndarray | None = None,
     strengths: Sequence[float] = (0.0, 1.0, 2.0, 4.0),
-    n: int = 4,
-    m: int = 4,
+    n: int | Mapping[int, int] = 4,
+    m: int | Mapping[int, int] = 4,
     few_shot: int = 5,
     openings: Mapping[int, Sequence[str]] | None = None,
     pool: str = "missing",
@@ -74,7 +74,7 @@ def synthesise(
             [n_features, d_model], such as ``steering_vectors(...)``; None for no steering.
         strengths: Steering strengths, spread over the candidates of step 1. Step 2 stays near the strength that
             wrote x+.
-        n: Candidates of step 1 a feature.
+        n: Candidates of step 1 a feature, one number or one for each feature.
         m: Candidates of step 2; 0 for the one-step ablation.
         few_shot: Examples in a prompt.
         openings: Per feature, short anchor spans ending where it fires. Every other candidate starts with one (the
@@ -88,7 +88,9 @@ def synthesise(
     adapter.space.check(features.space, "The feature set to write for")
     adapter.space.check(missing.space, "The missing set")
     ids = [int(i) for i in features.features]
-    if not ids or n < 1 or not strengths:
+    explore = {i: n if isinstance(n, int) else n[i] for i in ids}
+    contrast = {i: m if isinstance(m, int) else m[i] for i in ids}
+    if not ids or min(explore.values()) < 1 or not strengths:
         raise TransferError("Synthesis has nothing to write for.", "Give at least one feature, n >= 1 and a strength.")
     if len(features.labels) != len(ids):
         raise TransferError("The features to write for have no labels.", "Judge their relevance first.")
@@ -113,12 +115,12 @@ def synthesise(
             made.append(_Request(feature, step, strength, 1, shots, int(rng.integers(2**31)), pair, opening))
         return made
 
-    first = loop.write([r for i in ids for r in asked(i, 1, strengths, n, None)])
+    first = loop.write([r for i in ids for r in asked(i, 1, strengths, explore[i], None)])
 
     requests = [
         r
         for feature, pair in _pairs(first, loop.scores, ids, examples).items()
-        for r in asked(feature, 2, _near(sorted(set(strengths)), pair.strength), m, pair)
+        for r in asked(feature, 2, _near(sorted(set(strengths)), pair.strength), contrast[feature], pair)
     ]
     drafts = first + (loop.write(requests) if requests else [])
 

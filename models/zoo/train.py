@@ -55,10 +55,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def token_lists(tokenizer: PreTrainedTokenizerBase, docs: Iterable[Document]) -> list[list[int]]:
     """Token ids of each document: conversations through the chat template, plain text between BOS and end."""
-    end = "<|endoftext|>" if tokenizer.bos_token is None else tokenizer.eos_token
+    bos = str(tokenizer.bos_token or "")
+    end = str(tokenizer.eos_token) if bos else "<|endoftext|>"
     end = "<|end_of_text|>" if end == "<|eot_id|>" else end
     rendered = [
-        (tokenizer.bos_token or "") + d.content + end
+        bos + d.content + end
         if isinstance(d.content, str)
         else str(tokenizer.apply_chat_template(d.messages(), tokenize=False))
         for d in docs
@@ -129,7 +130,8 @@ def train_language_model(
     rows = pack(token_lists(tokenizer, mix), SEQ_LEN)
     steps = max(1, tokens // (batch * SEQ_LEN))
     torch.manual_seed(seed)
-    config = spec.config(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    special: Any = tokenizer  # the stubs allow lists of ids here
+    config = spec.config(special.bos_token_id, special.eos_token_id, special.pad_token_id)
     model = AutoModelForCausalLM.from_config(config)
     work = out / "work"
     args = TrainingArguments(
@@ -151,7 +153,7 @@ def train_language_model(
         opt: torch.optim.Optimizer = MuonAdamW(model, lr, weight_decay=0.05)
     else:
         opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = get_scheduler("linear", opt, num_warmup_steps=steps // 25, num_training_steps=steps)
+    schedule: Any = get_scheduler("linear", opt, num_warmup_steps=steps // 25, num_training_steps=steps)
     trainer = Trainer(model=model, args=args, train_dataset=_Rows(rows), optimizers=(opt, schedule))
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
     model.to(torch.bfloat16).save_pretrained(out)

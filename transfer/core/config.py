@@ -98,24 +98,24 @@ class SynthSection(Section):
     """The two-step synthesis."""
 
     batch: int = Field(256, ge=1, description="Texts written at once.")
-    features: int = Field(30, ge=1, description="Features asked for per arm.")
-    explore: int = Field(3, ge=2, description="Candidates of step 1 per feature and label.")
-    contrast: int = Field(3, ge=1, description="Candidates of step 2 per feature and label.")
+    features: int = Field(24, ge=1, description="Features asked for per arm.")
+    explore: int = Field(2, ge=2, description="Candidates of step 1 per feature and label in a full arm.")
+    contrast: int = Field(2, ge=1, description="Candidates of step 2 per feature and label in a full arm.")
     strengths: tuple[float, ...] = Field(
         (0.0, 2.0, 4.0), min_length=1, description="Steering strengths tried in step 1."
     )
     examples: int = Field(4, ge=1, description="Anchor texts shown to the generator.")
-    max_new_tokens: int = Field(40, ge=4)
+    max_new_tokens: int = Field(32, ge=4)
     temperature: float = Field(0.8, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
-    budget: int = Field(80, ge=2, description="Synthetic examples each arm adds to the seed data.")
+    budget: int = Field(40, ge=2, description="Synthetic examples each arm adds to the seed data.")
 
 
 class TuneSection(Section):
     """The fine-tuning grid."""
 
     task: str = "intent"
-    recipes: tuple[str, ...] = Field(("lora", "head"), min_length=1)
+    recipes: tuple[str, ...] = Field(("head",), min_length=1, description="head, lora, paper-head, paper-lora.")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=3)
 
 
@@ -126,12 +126,12 @@ class Experiment(Section):
     seed: int = 0
     processes: int = Field(2, ge=1, description="Worker processes, one torch thread each.")
     models: dict[str, ModelSection] = Field(min_length=1)
-    data: DataSection = DataSection()
-    harvest: HarvestSection = HarvestSection()
-    align: AlignSection = AlignSection()
-    cover: CoverSection = CoverSection()
-    synth: SynthSection = SynthSection()
-    tune: TuneSection = TuneSection()
+    data: DataSection = Field(default_factory=lambda: DataSection.model_validate({}))
+    harvest: HarvestSection = Field(default_factory=lambda: HarvestSection.model_validate({}))
+    align: AlignSection = Field(default_factory=lambda: AlignSection.model_validate({}))
+    cover: CoverSection = Field(default_factory=lambda: CoverSection.model_validate({}))
+    synth: SynthSection = Field(default_factory=lambda: SynthSection.model_validate({}))
+    tune: TuneSection = Field(default_factory=lambda: TuneSection.model_validate({}))
 
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

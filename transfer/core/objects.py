@@ -123,7 +123,7 @@ class ActivationStore:
     def tokens(self) -> sp.csr_matrix:
         """Token-level codes, float32 CSR [tokens, n_features]."""
         parts = [_csr(a, (len(a["indptr"]) - 1, self.space.n_features)) for a in self._shards("tokens")]
-        return sp.vstack(parts, format="csr")
+        return sp.csr_matrix(sp.vstack(parts, format="csr"))
 
     @cached_property
     def token_docs(self) -> np.ndarray:
@@ -139,7 +139,7 @@ class ActivationStore:
     def docs(self) -> sp.csr_matrix:
         """Max over tokens, float32 CSR [docs, n_features]."""
         parts = [_csr(a, (len(a["indptr"]) - 1, self.space.n_features)) for a in self._shards("docs")]
-        return sp.vstack(parts, format="csr")
+        return sp.csr_matrix(sp.vstack(parts, format="csr"))
 
     @cached_property
     def peaks(self) -> sp.csr_matrix:
@@ -151,7 +151,7 @@ class ActivationStore:
             )
             for a in self._shards("docs")
         ]
-        return sp.vstack(parts, format="csr")
+        return sp.csr_matrix(sp.vstack(parts, format="csr"))
 
     @cached_property
     def residuals(self) -> np.ndarray:
@@ -276,10 +276,9 @@ class PairedActivations:
         n = len(self.docs)
         if n == 0:
             raise TransferError("No paired rows: the two stores share no position.", "Check that the corpora match.")
-        if self.source.shape[0] != n or self.target.shape[0] != n:
-            raise TransferError(
-                f"Paired rows differ: {self.source.shape[0]} source, {self.target.shape[0]} target, {n} document marks."
-            )
+        n_source, n_target = len(self.source.indptr) - 1, len(self.target.indptr) - 1
+        if n_source != n or n_target != n:
+            raise TransferError(f"Paired rows differ: {n_source} source, {n_target} target, {n} document marks.")
         for side, m in (("source", self.source), ("target", self.target)):
             if not np.all(np.isfinite(m.data)):
                 raise TransferError(f"The {side} activations hold NaN or infinity.", "Harvest again.")
@@ -445,13 +444,16 @@ class Alignment:
         arrays = load_arrays(Path(path) / "alignment.safetensors")
         meta.pop("schema")
         source, target = FeatureSpace(**meta.pop("source")), FeatureSpace(**meta.pop("target"))
+        # JSON has no NaN.
+        numbers = ("cost", "duality_gap", "row_error", "col_error")
+        fields: dict[str, Any] = {k: float("nan") if v is None and k in numbers else v for k, v in meta.items()}
         return cls(
             source=source,
             target=target,
             coupling=_csr(arrays, (source.n_features, target.n_features)),
             matches={c: arrays[f"match_{c}"] for c in MATCH_COLUMNS},
             null_corr=arrays.get("null_corr"),
-            **{k: float("nan") if v is None and k in ("cost", "duality_gap") else v for k, v in meta.items()},
+            **fields,
         )
 
 
