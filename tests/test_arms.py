@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from aligners.assignment import counterparts
 from aligners.calibrate import shuffled
-from transfer.arms import features_asked, plan, training_sets
+from transfer.arms import candidate_share, features_asked, plan, training_sets
 from transfer.core.config import Experiment, load_experiment
 from transfer.core.objects import (
     ActivationStore,
@@ -182,3 +184,21 @@ def test_the_scarcest_arm_cuts_all(plans: dict, anchor: Corpus, seed: Corpus, ex
     sets = training_sets("t", plans, runs, fires, seed, anchor, experiment)
     sizes = {s["arm"]: len(s["written"]) for s in sets if s["arm"] not in ("seed_only", "full")}
     assert len(set(sizes.values())) == 1 and next(iter(sizes.values())) <= 2
+
+
+def test_arms_with_few_features_get_more_candidates_each(plans: dict) -> None:
+    share = candidate_share(plans["s"], limit=10)
+    mapped = {i for i, _ in plans["s"]["mapped"]["t"]}
+    assert all(share[i] >= 10 / len(mapped) for i in mapped)
+    assert all(value >= 1 for value in share.values())
+    assert set(share) == set(features_asked(plans["s"]))
+
+
+def test_counterparts_reach_features_without_a_mutual_match() -> None:
+    mass = sp.csr_matrix(([0.9, 0.4, 0.3, 0.2], ([0, 0, 1, 1], [0, 1, 1, 2])), shape=(N, N))
+    fitted = alignment("s", "t", [(0, 0)])
+    found = counterparts(dataclasses.replace(fitted, coupling=mass))
+    pairs = set(zip(found.matches["source"].tolist(), found.matches["target"].tolist(), strict=True))
+    # Rows: 0 → 0, 1 → 1. Columns: 0 ← 0, 1 ← 0, 2 ← 1.
+    assert pairs == {(0, 0), (1, 1), (0, 1), (1, 2)}
+    assert found.matches["score"].tolist() == pytest.approx([0.9, 0.4, 0.3, 0.2])

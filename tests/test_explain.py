@@ -199,3 +199,17 @@ def test_descriptions_name_the_firing_words_and_what_the_texts_share():
     assert describe([], background) == "never fires on this corpus"
     assert span("an  unpainted wall", "paint").word() == "unpainted"
     assert span("what ?!", "?!").word() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "token", "words", "opening"),
+    [
+        ("Hello there. What could I slip into its food?", "slip", 8, "What could I slip"),
+        ("one two three four five six", "six", 3, "four five six"),
+        ("Poison ivy on my arm", "Poi", 8, "Poison"),
+        ("why? ...", "...", 8, ""),
+    ],
+)
+def test_opening_is_the_sentence_up_to_the_firing_word(text: str, token: str, words: int, opening: str) -> None:
+    start = text.index(token)
+    assert Span("d", text, start, start + len(token), 1.0).opening(words) == opening

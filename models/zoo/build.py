@@ -82,7 +82,7 @@ def build_member(spec: ZooModel, data: Path, folder: Path, *, tokens: int, sae_t
             "sae": {"width": SAE_WIDTH, "k": SAE_K, "tokens": sae_tokens, "seeds": list(seeds)},
         },
     )
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     facts_file.unlink()
     return card
 

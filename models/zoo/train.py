@@ -107,7 +107,7 @@ def train_language_model(
         spec: Zoo member.
         data: Folder of public data.
         bundle: Bundled requests.
-        out: Target folder; ``out/work`` keeps checkpoints, so a killed run continues.
+        out: Target folder; ``out/checkpoints`` keeps checkpoints, so a killed run continues.
         tokens: Training tokens.
         seed: Seeds weights and data order.
         lr: Peak learning rate (linear warm-up over 4 %, then linear decay to zero).
@@ -133,9 +133,9 @@ def train_language_model(
     special: Any = tokenizer  # the stubs allow lists of ids here
     config = spec.config(special.bos_token_id, special.eos_token_id, special.pad_token_id)
     model = AutoModelForCausalLM.from_config(config)
-    work = out / "work"
+    checkpoints = out / "checkpoints"
     args = TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(checkpoints),
         per_device_train_batch_size=batch,
         max_steps=steps,
         learning_rate=lr,
@@ -155,7 +155,8 @@ def train_language_model(
         opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule: Any = get_scheduler("linear", opt, num_warmup_steps=steps // 25, num_training_steps=steps)
     trainer = Trainer(model=model, args=args, train_dataset=_Rows(rows), optimizers=(opt, schedule))
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    result = trainer.train(resume_from_checkpoint=last)
     model.to(torch.bfloat16).save_pretrained(out)
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     return {

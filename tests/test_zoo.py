@@ -1,0 +1,73 @@
+"""The bundled zoo: small enough, described by its cards, differing as real families do, and guarded against mix-ups."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models.adapter import Adapter
+from models.language import LanguageModel
+from models.zoo.card import bundled_texts
+from transfer.core.errors import TransferError
+from transfer.core.files import file_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+ZOO = ROOT / "models" / "zoo"
+MEMBERS = ("llama", "mistral", "qwen")
+
+
+@pytest.fixture(scope="module")
+def adapters() -> dict[str, Adapter]:
+    return {name: Adapter.load(f"zoo:{name}", f"zoo:{name}/sae") for name in MEMBERS}
+
+
+def test_the_zoo_is_small() -> None:
+    files = [p for p in ZOO.rglob("*") if p.is_file() and "checkpoints" not in p.parts]
+    assert sum(p.stat().st_size for p in files) < 40e6
+    assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_cards_hold_what_they_promise() -> None:
+    for name in MEMBERS:
+        card = json.loads((ZOO / name / "card.json").read_text("utf8"))
+        assert card["texts"]["bundled"] == file_hash(ROOT / "transfer" / "data" / "requests.jsonl")
+        assert card["training"]["tokens_seen"] > 0 and card["data"]
+        for quality in card["measured"]["sae"].values():
+            for texts in ("bundled_evaluation", "public_held_out"):
+                assert {"nmse", "l0", "dead", "ce_recovered"} <= set(quality[texts])
+                assert quality[texts]["ce_recovered"] > 0.9
+        assert card["measured"]["bits_per_byte"]["public_held_out"] < 2
+
+
+def test_members_differ_as_families_do(adapters: dict[str, Adapter]) -> None:
+    configs = [a.language.model.config for a in adapters.values()]
+    assert [c.model_type for c in configs] == ["llama", "mistral", "qwen3"]
+    assert len({c.hidden_size for c in configs}) == len({c.num_hidden_layers for c in configs}) == 3
+    assert len({a.space.template_offset for a in adapters.values()}) >= 2
+    assert any(c.head_dim != c.hidden_size // c.num_attention_heads for c in configs)
+    assert all(a.space.n_features >= 2048 for a in adapters.values())
+
+
+def test_self_check_accepts_the_right_layer_and_refuses_another(adapters: dict[str, Adapter]) -> None:
+    texts = bundled_texts()[:64]
+    for adapter in adapters.values():
+        assert adapter.self_check(texts)["checked"]
+    right = adapters["llama"]
+    wrong = Adapter.join(right.language, right.dictionary, layer=right.space.layer + 2)
+    with pytest.raises(TransferError, match="does not fit"):
+        wrong.self_check(texts)
+
+
+def test_second_seed_is_another_sae() -> None:
+    first, second = (Adapter.load("zoo:llama", f"zoo:llama/{name}") for name in ("sae", "sae_seed1"))
+    assert first.space.sae_hash != second.space.sae_hash and first.space.layer == second.space.layer
+
+
+def test_generation_is_text(adapters: dict[str, Adapter]) -> None:
+    language: LanguageModel = adapters["qwen"].language
+    options = dict(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=1, steer=None, stop="\n", batch_size=4)
+    first = language.generate(["Requests:\n- How do I bake bread?\n-"] * 3, **options)  # type: ignore[arg-type]
+    again = language.generate(["Requests:\n- How do I bake bread?\n-"] * 3, **options)  # type: ignore[arg-type]
+    assert first == again and any(text.strip() for text in first)
