@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ CHECK_ROWS = 4096
 """Rows looked at in one go when arrays are checked for NaN."""
 
 
-class Aligner:
+class Aligner(ABC):
     """Base of all aligners, in the manner of a scikit-learn estimator.
 
     A subclass stores keyword parameters in its constructor and does nothing else there, names its method, says which
@@ -39,8 +40,9 @@ class Aligner:
         """Method name with the variant that matters to a reader."""
         return self.method
 
+    @abstractmethod
     def _fit(self, source: FeatureView, target: FeatureView, pairs: PairedActivations | None) -> Alignment:
-        raise NotImplementedError
+        """The method itself, on checked input."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The constructor's keyword parameters (scikit-learn's contract, so ``sklearn.base.clone`` works)."""

@@ -47,6 +47,8 @@ def test_help_lists_the_verbs(tmp_path: Path) -> None:
         (["run", "nowhere.yaml"], "No experiment file"),
         (["harvest", "demo", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["cover", "demo", "--set", "align.regg=1"], "did you mean"),
+        (["run", "demo", "--set", "tune.recipes=[loraa]"], "lora"),
+        (["run", "demo", "--set", "cover.delta=often"], "often"),
         (["report", "nowhere"], "nowhere"),
         (["ls", "nowhere"], "no folder"),
         (["harvest", "demo", "--set", "models.llama.model=path:nowhere"], "nowhere"),

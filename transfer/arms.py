@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from transfer.core.config import Experiment
 from transfer.core.objects import ActivationStore, Alignment, Candidate, CoverageReport, SynthesisRun
 from transfer.core.texts import Corpus
-from transfer.synthesis import select
+from transfer.synthesis import margin, select
 
 
 def plan(
@@ -138,7 +138,7 @@ def training_sets(
                 runs[source], candidates=tuple(c for c in pool if c.label == label and c.verdict == "kept")
             )
             # Verified in both spaces first, then by the margin over the threshold.
-            chosen += select(part, budget=quota[label], prefer=lambda c, v=verified: (id(c) in v) * 1e6 + _margin(c))
+            chosen += select(part, budget=quota[label], prefer=lambda c, v=verified: (id(c) in v) * 1e6 + margin(c))
         sets.append(
             {
                 "source": source,
@@ -186,7 +186,3 @@ def _quota(labels: list[str], seed: Corpus, pools: list[list[Candidate]], budget
             scarcest = min(sum(c.label == label for c in pool) for pool in pools)
             scale = min(scale, scarcest / (budget * share[label]))
     return {label: int(budget * share[label] * scale + 1e-9) for label in labels}
-
-
-def _margin(candidate: Candidate) -> float:
-    return candidate.score / candidate.delta if candidate.delta > 0 else candidate.score

@@ -23,7 +23,10 @@ from transfer.core.files import file_hash, read_json, write_json
 from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSpace, SynthesisRun
 from transfer.core.rundir import RunDir, write_text
 from transfer.core.texts import Corpus
+from transfer.coverage import DeltaRule
 from transfer.details import details
+from transfer.finetune import get_recipe
+from transfer.tasks import get_task
 
 STAGES = ("harvest", "align", "cover", "synth", "tune", "eval", "run")
 
@@ -38,6 +41,11 @@ class Pipeline:
     """
 
     def __init__(self, experiment: Experiment, runs: Path, command: list[str]) -> None:
+        # Names that only the last stages use are checked now, not after minutes of work.
+        for recipe in experiment.tune.recipes:
+            get_recipe(recipe)
+        get_task(experiment.tune.task, positive=experiment.data.positive)
+        DeltaRule.parse(experiment.cover.delta)
         self.experiment = experiment
         self.command = command
         self.dir = RunDir(runs, experiment.name)

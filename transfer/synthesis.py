@@ -194,7 +194,7 @@ def select(
     Returns:
         Rank by rank, within a rank the most preferred first; ties by feature, step and attempt.
     """
-    prefer = prefer or _margin
+    prefer = prefer or margin
     by_feature: dict[int, list[tuple[tuple[float, int, int, int], Candidate]]] = {}
     kept = candidates.kept if isinstance(candidates, SynthesisRun) else [c for c in candidates if c.verdict == "kept"]
     for c in kept:
@@ -207,7 +207,8 @@ def select(
     return [c for _, _, c in ranked[:budget]]
 
 
-def _margin(candidate: Candidate) -> float:
+def margin(candidate: Candidate) -> float:
+    """Score in units of the threshold, which features share."""
     return candidate.score / candidate.delta if candidate.delta > 0 else candidate.score
 
 
