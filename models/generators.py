@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from models.zoo.corpus import request_list
 from transfer.core.console import progress
-from transfer.core.errors import TransferError
+from transfer.core.errors import StageError, TransferError
 from transfer.core.objects import digest
 
 if TYPE_CHECKING:
@@ -69,6 +73,11 @@ class Generator(Protocol):
 class LanguageLike(Protocol):
     """The part of a language adapter that a local generator needs."""
 
+    @property
+    def ref(self) -> str:
+        """What it is loaded from."""
+        ...
+
     def generate(
         self,
         prompts: list[str],
@@ -83,6 +92,18 @@ class LanguageLike(Protocol):
     ) -> list[str]:
         """One continuation a prompt, cut at ``stop``."""
         ...
+
+
+@lru_cache(maxsize=1)
+def _language(ref: str) -> LanguageLike:
+    from models.language import LanguageModel
+
+    return LanguageModel.load(ref)
+
+
+def _write(ref: str, job: dict[str, Any]) -> list[str]:
+    """One chunk, in a worker process."""
+    return _language(ref).generate(**job)
 
 
 class SteeredGenerator:
@@ -101,7 +122,9 @@ class SteeredGenerator:
         temperature: Sampling temperature.
         top_p: Nucleus.
         batch_size: Rows in one forward pass.
-        chunk: Rows between two progress reports; each chunk is one call with a seed of its own.
+        chunk: Rows written in one go, with a seed of their own.
+        executor: Worker processes that write the chunks, each with its own copy of the model; this process if None.
+            The texts are the same either way.
     """
 
     steerable = True
@@ -117,8 +140,10 @@ class SteeredGenerator:
         top_p: float = 0.9,
         batch_size: int = 64,
         chunk: int = 256,
+        executor: Executor | None = None,
     ) -> None:
         self.language = language
+        self.executor = executor
         self.layer = layer
         self.settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         self.batch_size = batch_size
@@ -131,23 +156,38 @@ class SteeredGenerator:
         rows = [(i, j) for i, request in enumerate(requests) for j in range(request.n)]
         out: list[list[str]] = [[] for _ in requests]
         with progress("generate", len(rows), "texts") as advance:
-            for begin in range(0, len(rows), self.chunk):
-                part = rows[begin : begin + self.chunk]
-                asked = [requests[i] for i, _ in part]
-                texts = self.language.generate(
-                    [self.prompt(requests[i], j) for i, j in part],
-                    seed=int(digest([begin, [r.seed for r in asked]], 8), 16) % 2**31,
-                    steer=self._steer(asked),
-                    stop="\n",
-                    batch_size=self.batch_size,
-                    **self.settings,
-                )
+            parts = [rows[begin : begin + self.chunk] for begin in range(0, len(rows), self.chunk)]
+            jobs = [self._job(requests, part, begin) for begin, part in zip(count(0, self.chunk), parts, strict=False)]
+            for part, texts in zip(parts, self._written(jobs), strict=True):
                 if len(texts) != len(part):
                     raise TransferError(f"{self.name} answered {len(texts)} of {len(part)} prompts.")
                 for (i, _), text in zip(part, texts, strict=True):
                     out[i].append((requests[i].opening + text).split("\n", 1)[0].strip())
                 advance(len(part))
         return out
+
+    def _job(self, requests: list[Prompt], part: list[tuple[int, int]], begin: int) -> dict[str, Any]:
+        asked = [requests[i] for i, _ in part]
+        return dict(
+            prompts=[self.prompt(requests[i], j) for i, j in part],
+            seed=int(digest([begin, [r.seed for r in asked]], 8), 16) % 2**31,
+            steer=self._steer(asked),
+            stop="\n",
+            batch_size=self.batch_size,
+            **self.settings,
+        )
+
+    def _written(self, jobs: list[dict[str, Any]]) -> Iterator[list[str]]:
+        if self.executor is None:
+            yield from (self.language.generate(**job) for job in jobs)
+            return
+        try:
+            yield from self.executor.map(_write, [self.language.ref] * len(jobs), jobs)
+        except BrokenProcessPool:
+            raise StageError(
+                f"A worker process of {self.name} died (out of memory?).",
+                "Run the same command again, with `processes: 1` if it happens again.",
+            ) from None
 
     @staticmethod
     def prompt(request: Prompt, attempt: int = 0) -> str:

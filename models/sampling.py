@@ -75,6 +75,7 @@ def sample(
         eos_token_id=sorted(table.special) or None,
         pad_token_id=pad_id,
         use_cache=True,
+        cache_implementation="static",  # a cache that grows is copied at every step
         **settings,
     )
     criteria = StoppingCriteriaList([_Stop(table, stop)] if stop else [])

@@ -30,6 +30,7 @@ PICKING = [
 ]
 EXAMPLES = [(t, 0) for t in BAKING] + [(t, 1) for t in PICKING]
 LORA = Recipe("tiny-lora", "lora", epochs=2, lr=5e-3, batch=4, rank=4, max_tokens=64)
+UPPER = replace(LORA, name="tiny-upper", layers="upper")
 HEAD = Recipe("tiny-head", "head", epochs=4, lr=5e-2, batch=4, max_tokens=64)
 
 
@@ -135,6 +136,43 @@ def test_lora_trains_adapters_and_score_and_nothing_else(languages, name):
         assert torch.equal(value, before_base[key]), f"{key} of the backbone changed"
 
 
+@pytest.mark.parametrize("name", list(ZOO))
+def test_upper_half_on_the_frozen_lower_half_is_the_whole_model(languages, name):
+    backbone = Backbone(languages[name], f"test:{name}")
+    rows, _ = backbone.encode(["lock", "how to bake a good bread and a cake with apples", "pick a lock"], 64)
+    before = weights(backbone.model)
+    with torch.inference_mode():
+        whole = backbone.fresh(4)(**backbone.pad_batch(rows)).logits
+        half = backbone.upper.fresh(4)(**backbone.upper.pad_batch(backbone.upper.items(rows))).logits
+    assert torch.allclose(half, whole, atol=1e-5)
+    model, run = finetune(backbone, EXAMPLES, UPPER, seed=1)
+    _, full = finetune(backbone, EXAMPLES, LORA, seed=1)
+    assert run.n_trainable < full.n_trainable
+    adapted = {key.split(".layers.")[1][0] for key in model.model.state_dict() if "lora_B" in key}
+    assert adapted == {"0"}, "of two layers, the upper one is the only layer of the trained half"
+    assert all(torch.equal(value, before[key]) for key, value in backbone.model.state_dict().items())
+    assert len(backbone.model.base_model.layers) == 2
+
+
+def test_upper_half_of_one_layer_is_refused(languages):
+    import copy
+
+    language = languages["llama"]
+    model = copy.deepcopy(language.model)
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    with pytest.raises(TransferError, match="one layer"):
+        finetune(Backbone(replace(language, model=model)), EXAMPLES, UPPER, seed=0)
+
+
+def test_step_limit_ends_large_sets_early(backbone):
+    examples = EXAMPLES * 4
+    limited = replace(HEAD, max_steps=12)  # 4 epochs of 10 steps would be 40
+    _, run = finetune(backbone, examples, limited, seed=1)
+    assert len(run.curve) == 2
+    assert finetune(backbone, EXAMPLES, limited, seed=1)[1].curve == finetune(backbone, EXAMPLES, HEAD, seed=1)[1].curve
+
+
 def test_head_trains_score_alone_and_stays_the_same_class(backbone):
     model, run = finetune(backbone, EXAMPLES, HEAD, seed=1)
     assert type(model.model) is type(backbone.model)
@@ -149,7 +187,7 @@ def test_head_trains_score_alone_and_stays_the_same_class(backbone):
 
 
 def replace_frozen(model, frozen):
-    return type(model)(model.model, model.backbone, model.max_tokens, frozen)
+    return type(model)(model.model, model.backbone, model.body, model.max_tokens, frozen)
 
 
 @pytest.mark.parametrize("recipe", [LORA, HEAD], ids=lambda r: r.kind)
@@ -188,7 +226,7 @@ def test_global_randomness_is_given_back(backbone):
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == want
 
 
-@pytest.mark.parametrize("recipe", [LORA, HEAD], ids=lambda r: r.kind)
+@pytest.mark.parametrize("recipe", [LORA, UPPER, HEAD], ids=lambda r: r.name)
 def test_saved_part_loads_again_and_nothing_is_printed(backbone, recipe, tmp_path, capfd):
     out = tmp_path / "run"
     texts = [t for t, _ in EXAMPLES]

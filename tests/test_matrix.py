@@ -357,9 +357,9 @@ def test_results_survive_json(tmp_path):
 
 ORPHAN = """
 import os, time
-from transfer import matrix
+from transfer.core.workers import workers
 if __name__ == "__main__":
-    pool = matrix._pool(1)
+    pool = workers(1)
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 60).result()
 """

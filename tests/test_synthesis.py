@@ -14,6 +14,7 @@ from models.generators import Prompt, ScriptedGenerator, SteeredGenerator
 from models.zoo.corpus import request_list
 from transfer.core.errors import TransferError
 from transfer.core.objects import FeatureSet, FeatureSpace, SynthesisRun
+from transfer.core.workers import workers
 from transfer.synthesis import score_targets, select, steering_vectors, synthesise
 from transfer.verdicts import NEAR, VERDICTS, NearDuplicates, fault, jaccard, shingles
 
@@ -350,6 +351,19 @@ def test_steering_has_one_row_a_prompt_and_chunks_get_their_own_seed():
     again = Recorder()
     SteeredGenerator(again, 3, model="zoo:llama", chunk=4).generate(requests)
     assert [c["seed"] for c in again.calls] == [c["seed"] for c in language.calls]
+
+
+def test_worker_processes_write_the_same_texts(tiny_llama):
+    from models.language import LanguageModel
+
+    language = LanguageModel.load(f"path:{tiny_llama}")
+    direction = np.ones(language.d_model, dtype=np.float32)
+    requests = [Prompt(("one two", "three"), 5, seed, direction, 3.0) for seed in range(2)]
+    settings = dict(model="tiny", max_new_tokens=6, chunk=4, batch_size=4)
+    alone = SteeredGenerator(language, 1, **settings).generate(requests)
+    with workers(2) as executor:
+        assert SteeredGenerator(language, 1, **settings, executor=executor).generate(requests) == alone
+    assert len({text for texts in alone for text in texts}) > 2
 
 
 def test_lineage_changes_with_all_that_decides_the_text():

@@ -165,8 +165,8 @@ def zoo_train(
     data: Annotated[Path, typer.Option(help="Folder of the public training data.")] = Path("../shared/data"),
     out: Annotated[Path | None, typer.Option(help="Target folder; default: the zoo itself.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Train only this member; repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(help="Training tokens per language model.")] = 4_600_000,
-    sae_tokens: Annotated[int, typer.Option(help="Training tokens per SAE.")] = 1_200_000,
+    tokens: Annotated[int, typer.Option(help="Training tokens per language model.")] = 12_000_000,
+    sae_tokens: Annotated[int, typer.Option(help="Training tokens per SAE.")] = 2_400_000,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

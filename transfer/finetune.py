@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import shutil
 import tempfile
 import time
@@ -21,7 +22,7 @@ from transfer.core.objects import FinetuneRun, digest
 if TYPE_CHECKING:
     import torch
 
-    from transfer.classifier import Backbone, Classifier, Language
+    from transfer.classifier import Backbone, Body, Classifier, Language
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -32,7 +33,7 @@ class Recipe:
 
     name: str
     kind: Literal["lora", "head"]
-    """``lora``: adapters on all linear layers plus ``score``; ``head``: ``score`` alone on a frozen base."""
+    """``lora``: adapters on the linear maps plus ``score``; ``head``: ``score`` alone on a frozen base."""
     epochs: int
     lr: float
     batch: int
@@ -43,12 +44,18 @@ class Recipe:
     weight_decay: float = 0.0
     max_tokens: int = 512
     """Longer inputs are cut on the right and counted."""
+    max_steps: int | None = None
+    """Large training sets end here, before their last epoch."""
+    layers: Literal["all", "upper"] = "all"
+    """Which layers get adapters: all, or the upper half, so that the lower half runs once a text, not once an epoch."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "head"):
             raise TransferError(f"Recipe {self.name!r} has kind {self.kind!r}.", "Use 'lora' or 'head'.")
-        for field in ("epochs", "lr", "batch", "rank", "alpha", "max_tokens"):
-            if getattr(self, field) <= 0:
+        if self.layers not in ("all", "upper"):
+            raise TransferError(f"Recipe {self.name!r} has layers {self.layers!r}.", "Use 'all' or 'upper'.")
+        for field in ("epochs", "lr", "batch", "rank", "alpha", "max_tokens", "max_steps"):
+            if getattr(self, field) is not None and getattr(self, field) <= 0:
                 raise TransferError(f"Recipe {self.name!r}: {field} is {getattr(self, field)}.", "Make it positive.")
         if not 0 <= self.dropout < 1 or self.weight_decay < 0:
             raise TransferError(f"Recipe {self.name!r}: dropout must lie in [0, 1) and weight_decay not below 0.")
@@ -59,7 +66,11 @@ RECIPES: dict[str, Recipe] = {
     for r in (
         # For models of a few million parameters.
         Recipe("lora", "lora", epochs=3, lr=1e-3, batch=16, max_tokens=256),
-        Recipe("head", "head", epochs=20, lr=1e-2, batch=16, max_tokens=256),
+        # The same within seconds a run: the demo trains hundreds of models in five minutes.
+        Recipe(
+            "lora-brief", "lora", epochs=3, lr=3e-3, batch=16, dropout=0, max_tokens=256, max_steps=40, layers="upper"
+        ),
+        Recipe("head", "head", epochs=20, lr=1e-2, batch=16, max_tokens=256, max_steps=400),
         # arXiv 2602.10388 and its code, toxicity; batch = per-device batch x accumulation (4 x 4 and 1 x 4).
         Recipe("paper-lora", "lora", epochs=3, lr=5e-5, batch=16),
         Recipe("paper-head", "head", epochs=15, lr=8e-5, batch=4),
@@ -107,7 +118,7 @@ def finetune(
     Raises:
         TransferError: For one class only, other labels than 0 and 1, empty texts, or a loss that is not finite.
     """
-    from transfer.classifier import Backbone, Classifier, load_backbone, own_randomness
+    from transfer.classifier import Backbone, load_backbone, own_randomness
 
     start = time.monotonic()
     if isinstance(base, str):
@@ -122,11 +133,10 @@ def finetune(
         )
     rows, n_truncated = backbone.encode([text for text, _ in examples], recipe.max_tokens)
     with own_randomness(seed):
-        model = backbone.fresh(seed)
         if recipe.kind == "head":
-            curve, trained = _train_head(model, backbone, rows, labels, recipe, seed)
+            model, curve, trained = _train_head(backbone, rows, labels, recipe, seed)
         else:
-            model, curve, trained = _train_lora(model, backbone, rows, labels, recipe, seed)
+            model, curve, trained = _train_lora(backbone.body(recipe.layers), rows, labels, recipe, seed)
     if not all(loss == loss and abs(loss) != float("inf") for loss in curve):
         raise TransferError(
             f"Training {backbone.ref} with recipe {recipe.name!r} diverged (losses {curve}).", "Lower its lr."
@@ -145,10 +155,16 @@ def finetune(
         seconds=time.monotonic() - start,
         n_truncated=n_truncated,
     )
-    classifier = Classifier(model, backbone, recipe.max_tokens, frozen=recipe.kind == "head")
     if out is not None:
-        _save(classifier, run, recipe, Path(out))
-    return classifier, run
+        _save(model, run, recipe, Path(out))
+    return _classifier(model, backbone, recipe), run
+
+
+def _classifier(model: Any, backbone: Backbone, recipe: Recipe) -> Classifier:
+    from transfer.classifier import Classifier
+
+    body = backbone.body(recipe.layers)
+    return Classifier(model, backbone, body, recipe.max_tokens, frozen=recipe.kind == "head")
 
 
 def data_hash(examples: Sequence[tuple[str, int]]) -> str:
@@ -165,7 +181,7 @@ def _peft_quiet() -> Iterator[None]:
 
 
 def _train_lora(
-    model: Any, backbone: Backbone, rows: list[list[int]], labels: list[int], recipe: Recipe, seed: int
+    body: Body, rows: list[list[int]], labels: list[int], recipe: Recipe, seed: int
 ) -> tuple[Any, tuple[float, ...], int]:
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
@@ -178,22 +194,22 @@ def _train_lora(
         target_modules=list(LORA_TARGETS),
     )
     with _peft_quiet():
-        model = get_peft_model(model, config)
+        model = get_peft_model(body.fresh(seed), config)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {
-            **backbone.pad_batch([x["input_ids"] for x in batch]),
+            **body.pad_batch([x["item"] for x in batch]),
             "labels": torch.tensor([x["labels"] for x in batch]),
         }
 
-    data = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
-    curve = _train(model, data, collate, recipe, seed, backbone.device)
+    data = [{"item": item, "labels": label} for item, label in zip(body.items(rows), labels, strict=True)]
+    curve = _train(model, data, collate, recipe, seed, body.device)
     return model, curve, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _train_head(
-    model: Any, backbone: Backbone, rows: list[list[int]], labels: list[int], recipe: Recipe, seed: int
-) -> tuple[tuple[float, ...], int]:
+    backbone: Backbone, rows: list[list[int]], labels: list[int], recipe: Recipe, seed: int
+) -> tuple[Any, tuple[float, ...], int]:
     """Train ``model.score`` on pooled features: the frozen base gives the same ones in every epoch."""
     import torch
 
@@ -212,11 +228,12 @@ def _train_head(
             "labels": torch.tensor([x["labels"] for x in batch]),
         }
 
+    model = backbone.fresh(seed)
     features = backbone.pooled(rows)
     data = [{"features": f, "labels": label} for f, label in zip(features, labels, strict=True)]
     model.score.requires_grad_(True)
     curve = _train(Head(model.score), data, collate, recipe, seed, backbone.device)
-    return curve, sum(p.numel() for p in model.score.parameters())
+    return model, curve, sum(p.numel() for p in model.score.parameters())
 
 
 def _train(
@@ -230,6 +247,7 @@ def _train(
             output_dir=scratch,
             per_device_train_batch_size=recipe.batch,
             num_train_epochs=recipe.epochs,
+            max_steps=_step_limit(len(data), recipe),
             learning_rate=recipe.lr,
             weight_decay=recipe.weight_decay,
             seed=seed,
@@ -250,14 +268,20 @@ def _train(
     return tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
 
-def _save(classifier: Classifier, run: FinetuneRun, recipe: Recipe, out: Path) -> None:
+def _step_limit(n: int, recipe: Recipe) -> int:
+    """What Trainer wants as ``max_steps``: -1 where the epochs end first."""
+    steps = recipe.epochs * math.ceil(n / recipe.batch)
+    return recipe.max_steps if recipe.max_steps is not None and recipe.max_steps < steps else -1
+
+
+def _save(model: Any, run: FinetuneRun, recipe: Recipe, out: Path) -> None:
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     if recipe.kind == "lora":
-        classifier.model.save_pretrained(part, save_embedding_layers=False)
+        model.save_pretrained(part, save_embedding_layers=False)
     else:
-        save_arrays(part / "score.safetensors", {"weight": classifier.model.score.weight.detach().cpu().numpy()})
+        save_arrays(part / "score.safetensors", {"weight": model.score.weight.detach().cpu().numpy()})
     write_json(part / "finetune.json", {"run": dataclasses.asdict(run), "recipe": dataclasses.asdict(recipe)})
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
@@ -271,7 +295,7 @@ def load_classifier(base: str | Backbone, folder: Path) -> Classifier:
     """
     import torch
 
-    from transfer.classifier import Classifier, load_backbone
+    from transfer.classifier import load_backbone
 
     backbone = load_backbone(base) if isinstance(base, str) else base
     meta = read_json(Path(folder) / "finetune.json")
@@ -282,7 +306,7 @@ def load_classifier(base: str | Backbone, folder: Path) -> Classifier:
             "Pass the base it was trained from.",
         )
     recipe = Recipe(**meta["recipe"])
-    model = backbone.fresh(0)
+    model = backbone.body(recipe.layers).fresh(0)
     if recipe.kind == "lora":
         from peft import PeftModel
 
@@ -291,4 +315,4 @@ def load_classifier(base: str | Backbone, folder: Path) -> Classifier:
     else:
         weight = load_arrays(Path(folder) / "score.safetensors")["weight"]
         model.score.weight.data = torch.from_numpy(weight).to(backbone.device)
-    return Classifier(model, backbone, recipe.max_tokens, frozen=recipe.kind == "head")
+    return _classifier(model, backbone, recipe)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
-import multiprocessing
-import os
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +19,7 @@ from transfer.core.errors import StageError, TransferError
 from transfer.core.files import read_json, replacing, write_json
 from transfer.core.objects import SCHEMA, EvalResult, FinetuneRun, digest
 from transfer.core.texts import Corpus
+from transfer.core.workers import workers
 from transfer.finetune import Recipe, data_hash
 from transfer.tasks.base import Example, Task
 
@@ -259,6 +257,16 @@ def _work(job: Job) -> str:
     return ""
 
 
+def _pool_work(job: Job) -> str:
+    """Run one cell in a worker process."""
+    problem = _work(job)
+    if not gc.get_freeze_count():
+        # Trainer collects garbage at every start; half a second each time unless the libraries are left out of it.
+        gc.collect()
+        gc.freeze()
+    return problem
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     import torch
@@ -278,25 +286,6 @@ def _local(jobs: dict[str, Job]) -> Iterator[Outcome]:
                 yield key, _work(job)
 
 
-def _start_worker() -> None:
-    """One torch thread, and no life after the parent: a killed grid must not leave workers behind."""
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # torch reads them when a task imports it
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
-
-
 def _pooled(jobs: dict[str, Job], processes: int) -> Iterator[Outcome]:
     """Run jobs in worker processes; a cell that kills its worker fails alone.
 
@@ -307,12 +296,12 @@ def _pooled(jobs: dict[str, Job], processes: int) -> Iterator[Outcome]:
     while waiting:
         running: dict[Future[str], str] = {}
         suspects: list[str] = []
-        pool = _pool(min(processes, len(waiting)))
+        pool = workers(min(processes, len(waiting)))
         try:
             while (waiting or running) and not suspects:
                 while waiting and len(running) < processes:
                     key = waiting.pop(0)
-                    running[pool.submit(_work, jobs[key])] = key
+                    running[pool.submit(_pool_work, jobs[key])] = key
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     key, error = running.pop(future), future.exception()
@@ -332,8 +321,8 @@ def _pooled(jobs: dict[str, Job], processes: int) -> Iterator[Outcome]:
 
 
 def _alone(job: Job) -> str:
-    with _pool(1) as pool:
+    with workers(1) as pool:
         try:
-            return pool.submit(_work, job).result()
+            return pool.submit(_pool_work, job).result()
         except BrokenProcessPool:
             return "its worker process died (out of memory?)"

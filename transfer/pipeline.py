@@ -23,6 +23,7 @@ from transfer.core.files import file_hash, read_json, write_json
 from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSpace, SynthesisRun
 from transfer.core.rundir import RunDir, write_text
 from transfer.core.texts import Corpus
+from transfer.core.workers import workers
 from transfer.coverage import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
@@ -184,32 +185,34 @@ class Pipeline:
     def written(self) -> dict[str, tuple[SynthesisRun, Path]]:
         """Texts each model wrote for the features its plan asks for, scored in every space."""
         found: dict[str, tuple[SynthesisRun, Path]] = {}
-        for name in self.experiment.models:
-            folder = self.dir.stage(
-                "synth",
-                {
-                    **self._space_inputs(*self.experiment.models),
-                    "writer": name,
-                    "plan": self.plans[name],
-                    "anchor": self.corpora["anchor"].hash,
-                    "data": self.corpora["seed"].hash,
-                    **self._settings("harvest", "cover", "synth"),
-                    "seed": self.experiment.seed,
-                },
-                lambda out, n=name: stages.synth(
-                    n,
-                    self.adapters,
-                    self.stores[n],
-                    self.plans[n],
-                    self.coverage,
-                    self.corpora,
-                    {t: self.carriers(n, t).mapping() for t in self._others(n)},
-                    out,
-                    self.experiment,
-                ),
-                name,
-            )
-            found[name] = (SynthesisRun.load(folder / "synthesis.json"), folder)
+        with workers(self.experiment.processes) as executor:
+            for name in self.experiment.models:
+                folder = self.dir.stage(
+                    "synth",
+                    {
+                        **self._space_inputs(*self.experiment.models),
+                        "writer": name,
+                        "plan": self.plans[name],
+                        "anchor": self.corpora["anchor"].hash,
+                        "data": self.corpora["seed"].hash,
+                        **self._settings("harvest", "cover", "synth"),
+                        "seed": self.experiment.seed,
+                    },
+                    lambda out, n=name: stages.synth(
+                        n,
+                        self.adapters,
+                        self.stores[n],
+                        self.plans[n],
+                        self.coverage,
+                        self.corpora,
+                        {t: self.carriers(n, t).mapping() for t in self._others(n)},
+                        out,
+                        self.experiment,
+                        executor if self.experiment.processes > 1 else None,
+                    ),
+                    name,
+                )
+                found[name] = (SynthesisRun.load(folder / "synthesis.json"), folder)
         return found
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,7 @@ def synth(
     mappings: Mapping[str, Mapping[int, int]],
     out: Path,
     experiment: Experiment,
+    executor: Executor | None = None,
 ) -> None:
     """Write for every feature that some arm asks ``writer`` for, and score the kept texts in every space."""
     settings = experiment.synth
@@ -232,6 +234,7 @@ def synth(
         top_p=settings.top_p,
         batch_size=settings.batch,
         chunk=settings.batch,
+        executor=executor,
     )
     directions = adapter.dictionary.directions()
     known = [t.text for s in ("anchor", "seed") for t in corpora[s]]

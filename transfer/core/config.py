@@ -97,7 +97,7 @@ class CoverSection(Section):
 class SynthSection(Section):
     """The two-step synthesis."""
 
-    batch: int = Field(256, ge=1, description="Texts written at once.")
+    batch: int = Field(64, ge=1, description="Texts written at once.")
     features: int = Field(24, ge=1, description="Features asked for per arm.")
     explore: int = Field(2, ge=2, description="Candidates of step 1 per feature and label in a full arm.")
     contrast: int = Field(2, ge=1, description="Candidates of step 2 per feature and label in a full arm.")
