@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from aligners.sparse_ot import Problem, Scaling, edge_costs, exact_transport, sparse_sinkhorn
+from aligners.sparse_ot import Scaling, exact_transport, sparse_sinkhorn
+from aligners.transport import Problem, edge_costs
 from tests.benchmarks.assign import bandwidth, candidates
 from tests.benchmarks.case import measure, row, seconds
 
