@@ -196,3 +196,9 @@ def test_strata_compare_like_with_like() -> None:
     null = width * rng.normal(size=(20, 120))
     p = stratified_p_values(np.full(120, 0.1), null, frequency)
     assert p[frequency > 10].max() < 0.01 < 0.2 < p[frequency < 10].min()
+
+
+def test_p_values_are_never_zero_and_ties_count_against_the_match():
+    null = np.array([[0.0], [0.1], [0.2], [0.3]])
+    p = [float(stratified_p_values(np.array([x]), null, np.ones(1))[0]) for x in (1.0, 0.3, 0.25, -1.0)]
+    assert p == pytest.approx([1 / 5, 2 / 5, 2 / 5, 1.0])

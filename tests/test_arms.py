@@ -111,6 +111,15 @@ def test_mapped_features_are_what_the_target_lacks(plans: dict) -> None:
         assert all(pairs[i] == j for i, j in mapped)
 
 
+def test_the_best_of_several_matches_writes_for_a_missing_feature(anchor: Corpus, experiment: Experiment) -> None:
+    reports = {name: report(name, missing) for name, missing in MISSING.items()}
+    pairs = [(3, 7), (9, 7), (5, 0)]  # scores fall: 3 is the better partner of 7, and 0 comes last
+    real = {"t": alignment("s", "t", pairs)}
+    store = Store(Path("nowhere"), space("s"), "c", tuple(t.id for t in anchor), 0, 0)
+    made = plan("s", reports, real, {"t": shuffled(real["t"], seed=0)}, store, anchor, experiment)
+    assert made["mapped"]["t"] == [[3, 7], [5, 0]]
+
+
 def test_shuffled_asks_for_as_many_but_other_features(plans: dict) -> None:
     mapped, wrong = plans["s"]["mapped"]["t"], plans["s"]["shuffled"]["t"]
     assert len(mapped) == len(wrong)

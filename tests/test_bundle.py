@@ -29,6 +29,15 @@ def test_texts_and_ids_are_distinct(rows: list[dict]) -> None:
     assert all(4 <= len(r["text"].split()) <= 60 for r in rows)
 
 
+def test_no_evaluation_text_is_nearly_another(rows: list[dict]) -> None:
+    sets = {split: [] for split in ("evaluation", "other")}
+    for r in rows:
+        words = frozenset("".join(c if c.isalnum() else " " for c in r["text"].lower()).split())
+        sets["evaluation" if r["split"] == "evaluation" else "other"].append(words)
+    worst = max(len(a & b) / len(a | b) for a in sets["evaluation"] for b in sets["other"])
+    assert worst < 0.5
+
+
 def test_seed_lacks_whole_topics(rows: list[dict]) -> None:
     topics = {split: {r["topic"] for r in rows if r["split"] == split} for split in ("anchor", "seed", "evaluation")}
     assert topics["anchor"] == topics["evaluation"]

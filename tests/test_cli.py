@@ -53,6 +53,15 @@ def test_help_lists_the_verbs(tmp_path: Path) -> None:
         (["ls", "nowhere"], "no folder"),
         (["harvest", "demo", "--set", "models.llama.model=path:nowhere"], "nowhere"),
         (["harvest", "demo", "--set", "models.llama.sae=zoo:qwen/sae"], "160"),
+        (["harvest", "demo", "--set", "models.llama.layer=2"], "layer 3"),
+        (["cover", "demo", "--json", "--set", "align.regg=1"], "did you mean"),
+        (["report", "nowhere", "--quiet"], "nowhere"),
+        (["run", "demo", "--set", "seed=[1"], "not valid YAML"),
+        (["run", "demo", "--set", "seed=-1"], "seed"),
+        (["run", "demo", "--set", "tune.seeds=[0,0,1]"], "repeats"),
+        (["run", "demo", "--set", "name=.."], "name"),
+        (["run", "x" * 400], "400 characters"),
+        (["cover", "demo", "--set", "data.positive=bad"], "'bad'"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, args: list[str], words: str) -> None:
@@ -77,6 +86,28 @@ def test_bad_data(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "x.jsonl").write_text(content)
     out = transfer("harvest", "demo", "--data", "x.jsonl", cwd=tmp_path)
     assert out.returncode == 2 and words in out.stderr.lower() and "Traceback" not in out.stderr
+
+
+def test_texts_of_unknown_splits_are_named_and_half_labels_refused(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"a text about {i}", "label": "ab"[i % 2], "split": s} for s in ("anchor", "val") for i in range(4)
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = transfer("cover", "demo", "--data", "x.jsonl", cwd=tmp_path)
+    assert out.returncode == 2 and "4 texts of split 'val' are not used" in out.stderr and "seed texts" in out.stderr
+    rows[2]["label"] = None
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = transfer("cover", "demo", "--data", "x.jsonl", cwd=tmp_path)
+    assert out.returncode == 2 and "1 of 4 anchor texts have no label" in out.stderr
+
+
+def test_runs_are_listed_from_where_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "elsewhere" / "mine"
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text("{")
+    monkeypatch.setenv("TRANSFER_RUNS", str(run.parent))
+    listed = json.loads(transfer("ls", "--json", cwd=tmp_path).stdout)["runs"]
+    assert [(r["run"], r["state"]) for r in listed] == [("mine", "broken manifest")]
 
 
 def test_json_is_json(tmp_path: Path) -> None:

@@ -16,6 +16,33 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def test_conversations_json_lists_and_long_fields(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes?"},
+                      {"role": "user", "content": "a joke"}], "label": "a"},
+    ]  # fmt: skip
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    assert [t.text for t in load_corpus(str(tmp_path / "x.json"))] == ["hi there\n\na joke"]
+    shared = [{"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "no"}]}]
+    (tmp_path / "y.jsonl").write_text("\n".join(map(json.dumps, shared)))
+    assert [t.text for t in load_corpus(str(tmp_path / "y.jsonl"))] == ["hello"]
+    silent = {"messages": [{"role": "assistant", "content": "hello"}]}
+    (tmp_path / "z.jsonl").write_text(json.dumps(silent))
+    with pytest.raises(TransferError, match="empty text in column 'messages'"):
+        load_corpus(str(tmp_path / "z.jsonl"))
+    (tmp_path / "o.json").write_text("{}")
+    with pytest.raises(TransferError, match="not a JSON list"):
+        load_corpus(str(tmp_path / "o.json"))
+    (tmp_path / "long.csv").write_text("text\n" + "word " * 50_000 + "\n")
+    assert [len(t.text) for t in load_corpus(str(tmp_path / "long.csv"))] == [5 * 50_000 - 1]
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(TransferError, match="line 1"):
+        load_corpus(str(tmp_path / "deep.jsonl"))
+    (tmp_path / "digits.jsonl").write_text('{"text": ' + "1" * 6000 + "}\n")
+    with pytest.raises(TransferError, match="line 1"):
+        load_corpus(str(tmp_path / "digits.jsonl"))
+
+
 def test_the_bundled_requests_load_with_labels_topics_and_splits():
     corpus = load_corpus("bundled:requests")
     assert corpus.name == "requests" and len(corpus) >= 1200

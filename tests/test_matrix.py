@@ -121,6 +121,24 @@ def test_results_come_in_the_order_of_the_cells(tmp_path):
     assert [(r.target, r.arm, r.seed) for r in one] == [(c.target, c.arm, c.seed) for c in cells]
 
 
+@pytest.mark.parametrize("harm", ["digit", "cut", "scores"])
+def test_a_cell_that_changed_on_disk_is_trained_again(tmp_path, harm, capfd):
+    cells = grid()
+    right = run(cells, tmp_path)
+    before = contents(tmp_path)
+    record = sorted(tmp_path.glob("*.json"))[0]
+    if harm == "digit":
+        record.write_text(record.read_text().replace('"value": 0.', '"value": 1.', 1))
+    elif harm == "cut":
+        record.write_text(record.read_text()[:40])
+    else:
+        record.with_suffix(".jsonl").write_text("{}\n")
+    assert contents(tmp_path) != before
+    assert run(cells, tmp_path) == right
+    assert contents(tmp_path) == before
+    assert "changed since it was written; trained again" in capfd.readouterr().err
+
+
 def test_real_models_give_the_same_bits_in_one_process_and_in_two(tmp_path, tiny_mistral):
     recipes = [Recipe("lora", "lora", 1, 1e-3, 4, max_tokens=64), Recipe("head", "head", 2, 1e-2, 4, max_tokens=64)]
     few = Corpus("few", EVALUATION.texts[:20])

@@ -17,7 +17,6 @@ from models.train_sae import train_sae
 from tests.conftest import SENTENCES
 from transfer.core.errors import TransferError
 from transfer.core.files import write_json
-from transfer.core.objects import digest
 from transfer.core.texts import Corpus, Text
 
 TEXTS = ["How do I bake a cake?", "x", "", "Tell me a joke about computers, coffee and dogs 🙂", "two  words", "user"]
@@ -135,13 +134,13 @@ def test_self_check_finds_a_wrong_base_model(folder: Path, tmp_path: Path) -> No
     assert x is not None
     d = loose.space.d_model
     train_sae(x, d_in=d, width=64, k=16, tokens=20_000, batch=128, lr=2e-3, out=copy / "sae", metadata={"layer": 2})
-    alone = Adapter.load(*refs).self_check(TEXTS)
-    assert not alone["checked"]
-    check = {"nmse": alone["nmse"], "l0": alone["l0"], "texts_hash": digest(TEXTS)}
+    assert Adapter.load(*refs).self_check() == {"checked": False}
+    alone = Adapter.load(*refs).reconstruction(TEXTS)
+    check = {"nmse": alone["nmse"], "l0": alone["l0"], "texts": TEXTS}
     write_json(copy / "sae" / "card.json", {"sae": {"check": check}})
-    assert Adapter.load(*refs).self_check(TEXTS)["checked"]
-    assert Adapter.load(*refs).self_check(TEXTS)["same_texts"]
-    assert not Adapter.load(*refs).self_check(TEXTS[:-1])["same_texts"]
+    assert Adapter.load(*refs).self_check()["checked"]
+    with pytest.raises(TransferError, match="trained on layer 2, the configuration says layer 1"):
+        Adapter.load(*refs, layer=1)
     # The same width, other weights: what loading a neighbouring checkpoint looks like.
     weights = load_file(copy / "model.safetensors")
     for name, tensor in weights.items():
@@ -149,11 +148,11 @@ def test_self_check_finds_a_wrong_base_model(folder: Path, tmp_path: Path) -> No
             weights[name] = tensor * 4 + 0.1
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(TransferError, match="does not fit .* at layer 2: .*card says"):
-        Adapter.load(*refs).self_check(TEXTS)
+        Adapter.load(*refs).self_check()
     write_json(copy / "sae" / "card.json", {"sae": {"check": {**check, "l0": check["l0"] * 2}}})
     shutil.copy(folder / "model.safetensors", copy)
     with pytest.raises(TransferError, match="mean L0"):
-        Adapter.load(*refs).self_check(TEXTS)
+        Adapter.load(*refs).self_check()
 
 
 def test_corpus_objects_fit(adapter: Adapter) -> None:

@@ -16,7 +16,7 @@ from transfer.core.errors import TransferError
 from transfer.core.objects import FeatureSet, FeatureSpace, SynthesisRun
 from transfer.core.workers import workers
 from transfer.synthesis import score_targets, select, steering_vectors, synthesise
-from transfer.verdicts import NEAR, VERDICTS, NearDuplicates, fault, jaccard, shingles
+from transfer.verdicts import NEAR, VERDICTS, NearDuplicates, Written, fault, jaccard, judge, shingles
 
 torch.set_num_threads(1)
 WORDS = ("garden", "paint", "engine", "recipe", "ticket", "tax")
@@ -381,3 +381,11 @@ def test_lineage_changes_with_all_that_decides_the_text():
     assert base.hash("g") == Prompt(("a",), 1, 0, direction.copy(), 1.0).hash("g")
     names = {SteeredGenerator(Recorder(), 3, model="m", temperature=t).name for t in (0.7, 0.8)}
     assert len(names) == 2
+
+
+def test_of_two_near_duplicates_the_one_that_ranks_higher_is_kept():
+    start = "how do i bake a good brown bread at home on a cold winter sunday with my old oven and no "
+    weak, strong = start + "yeast", start + "butter"
+    written = [Written(text=t, feature=1, score=s, delta=1.0, shown=()) for t, s in ((weak, 2.0), (strong, 3.0))]
+    assert judge(written, []) == ["duplicate", "kept"]
+    assert judge(written[::-1], []) == ["kept", "duplicate"]

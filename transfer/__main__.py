@@ -15,7 +15,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("WANDB_MODE", "disabled")
     from transfer.cli import app
-    from transfer.core.console import say
+    from transfer.core.console import complain
     from transfer.core.env import check_imports
     from transfer.core.errors import StageError, TransferError
 
@@ -23,22 +23,19 @@ def main() -> None:
         check_imports()
         app()
     except StageError as error:
-        say(f"failed: {error}")
+        complain(f"failed: {error}")
         sys.exit(3)
     except TransferError as error:
-        say(f"error: {error}")
+        complain(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say("interrupted; finished work is kept, run the same command again to go on")
+        complain("interrupted; finished work is kept, run the same command again to go on")
         sys.exit(130)
     except OSError as error:
-        import errno
-
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno is None:
             raise
-        say(
-            f"error: {error.strerror}: {error.filename or 'the runs folder'}. Free some space or choose another folder."
-        )
+        place = error.filename or "the runs folder"
+        complain(f"error: {error.strerror}: {place}. Free some space, or choose another file or folder.")
         sys.exit(2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and
 Quiet = Annotated[bool, typer.Option("--quiet", help="No status lines.")]
 
 
+def _command() -> list[str]:
+    """The command line as it can be typed again."""
+    program = Path(sys.argv[0])
+    started = ["python", "-m", "transfer"] if program.name == "__main__.py" else [program.name]
+    folder = os.environ.get("TRANSFER_RUNS")
+    return [*([f"TRANSFER_RUNS={folder}"] if folder else []), *started, *sys.argv[1:]]
+
+
 def _through(
     stage: str,
     config: str,
@@ -55,7 +64,7 @@ def _through(
     experiment = load_experiment(config, overrides)
     from transfer.pipeline import Pipeline
 
-    result = Pipeline(experiment, runs_folder(), command=sys.argv).run(stage)
+    result = Pipeline(experiment, runs_folder(), command=_command()).run(stage)
     show(result if as_json else _lines(result))
 
 
@@ -145,17 +154,24 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def ls(runs: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"), as_json: Json = False) -> None:
+def ls(
+    runs: Annotated[Path | None, typer.Argument(help="Folder of runs; default: $TRANSFER_RUNS or runs.")] = None,
+    as_json: Json = False,
+) -> None:
     """Runs and their state."""
     from transfer.core.files import read_json
 
+    runs = runs or Path(os.environ.get("TRANSFER_RUNS", "runs"))
     if not runs.is_dir():
         raise TransferError(f"There is no folder {runs}.", "Run `transfer run demo` first.")
     rows = []
     for folder in sorted(p for p in runs.iterdir() if p.is_dir() and not p.name.startswith(".")):
         manifest = folder / "manifest.json"
-        seconds = sum(read_json(manifest)["seconds"].values()) if manifest.exists() else None
-        state = "done" if (folder / "report.html").exists() else "unfinished"
+        state, seconds = "done" if (folder / "report.html").exists() else "unfinished", None
+        try:
+            seconds = sum(read_json(manifest)["seconds"].values()) if manifest.exists() else None
+        except (TransferError, KeyError, TypeError, AttributeError):
+            state = "broken manifest"
         rows.append({"run": folder.name, "state": state, "seconds": seconds, "report": str(folder / "report.html")})
     show({"runs": rows} if as_json else _lines({"runs": rows}) if rows else "no runs yet")
 

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from transfer.core.errors import TransferError
+from transfer.core.files import read_json
 from transfer.core.texts import Corpus, Text
 
 DATA = Path(__file__).parent / "data"
 BUNDLED = "bundled:"
 HUB = "hub:"
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _LABELS = ("label", "intent")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Columns read in place of a missing ``text``: of a conversation, the user's turns are the text."""
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, and its columns."""
@@ -40,9 +43,10 @@ def load_corpus(
     """Read a corpus whole.
 
     Args:
-        ref: ``bundled:requests``, a path to a ``.jsonl``/``.csv``/``.tsv``/``.parquet`` file, or
+        ref: ``bundled:requests``, a path to a ``.jsonl``/``.json``/``.csv``/``.tsv``/``.parquet`` file, or
             ``hub:<dataset id>[@<revision>]``.
-        text_column: Column with the text; leading and trailing white space is cut.
+        text_column: Column with the text, or with a conversation, whose user turns are taken; by default also one of
+            ``CONVERSATIONS``. Leading and trailing white space is cut.
         label_column: Class label; by default ``label`` or ``intent`` where there is one.
         topic_column: Topic; by default ``topic`` where there is one.
         split_column: Split; by default ``split`` where there is one.
@@ -86,6 +90,8 @@ class _Columns:
     def settle(self, present: list[str]) -> None:
         defaults = {"label": _LABELS, "topic": ("topic",), "split": ("split",), "id": ("id",)}
         for role, column in self._named.items():
+            if role == "text" and column == "text" and column not in present:
+                column = next((c for c in CONVERSATIONS if c in present), column)
             if column is not None and column not in present:
                 raise TransferError(f"{self._ref} has no column {column!r}.", _did_you_mean(column, present))
             found = (c for c in defaults.get(role, ()) if c in present)
@@ -123,6 +129,8 @@ def _plain(value: Any) -> str:
 
 
 def _text(where: str, column: str, value: Any) -> str:
+    if isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value):
+        value = _asked(value)
     if not isinstance(value, str):
         kind = "missing" if value is None else f"a {type(value).__name__}, not a text"
         raise TransferError(f"{where}: column {column!r} is {kind}.", "Name the right one with text_column.")
@@ -136,6 +144,12 @@ def _text(where: str, column: str, value: Any) -> str:
             f"{where} holds half of a surrogate pair, which is not a character.", "Repair the text."
         ) from None
     return text
+
+
+def _asked(turns: Iterable[dict[str, Any]]) -> str:
+    """What the user says in a conversation, turn by turn (OpenAI's role/content or ShareGPT's from/value)."""
+    said = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
+    return "\n\n".join(str(words) for role, words in said if role in ("user", "human") and words)
 
 
 def _did_you_mean(wanted: str, known: list[str]) -> str:
@@ -153,6 +167,8 @@ def _file(path: Path) -> Iterator[Row]:
         raise TransferError(f"{path} is of no known kind ({suffix or 'no suffix'}).", f"Known: {', '.join(SUFFIXES)}.")
     if suffix == ".parquet":
         return _parquet(path)
+    if suffix == ".json":
+        return _json(path)
     return _jsonl(path) if suffix in (".jsonl", ".ndjson") else _csv(path, "\t" if suffix == ".tsv" else ",")
 
 
@@ -169,6 +185,8 @@ def _jsonl(path: Path) -> Iterator[Row]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise TransferError(f"{where} is not valid JSON ({error.msg}, column {error.colno}).") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+                    raise TransferError(f"{where} cannot be read as JSON ({error}).") from None
                 if not isinstance(row, dict):
                     raise TransferError(f"{where} is a JSON {type(row).__name__}, not an object with columns.")
                 yield where, row
@@ -178,8 +196,17 @@ def _jsonl(path: Path) -> Iterator[Row]:
         raise TransferError(f"Cannot read {path}: {error.strerror}.") from None
 
 
+def _json(path: Path) -> Iterator[Row]:
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise TransferError(f"{path} is not a JSON list of objects with columns.", "Save it as JSON lines (.jsonl).")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path} row {number}", row
+
+
 def _csv(path: Path, delimiter: str) -> Iterator[Row]:
     line = 0
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's 128 KiB
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.DictReader(handle, delimiter=delimiter, strict=True, restkey="\0rest", restval="\0short")

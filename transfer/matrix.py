@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from transfer.core.console import progress, say
 from transfer.core.errors import StageError, TransferError
-from transfer.core.files import read_json, replacing, write_json
+from transfer.core.files import file_hash, plain, read_json, replacing, write_json
 from transfer.core.objects import SCHEMA, EvalResult, FinetuneRun, digest
 from transfer.core.texts import Corpus
 from transfer.core.workers import workers
@@ -206,7 +206,18 @@ def _base_hash(target: str) -> str:
 
 
 def _finished(out_dir: Path, key: str) -> bool:
-    return (out_dir / f"{key}.json").is_file() and (out_dir / f"{key}.jsonl").is_file()
+    """Whether a cell's two files are there and still what ``_work`` wrote."""
+    record, scores = out_dir / f"{key}.json", out_dir / f"{key}.jsonl"
+    if not (record.is_file() and scores.is_file()):
+        return False
+    try:
+        data = read_json(record)
+        sealed = data.pop("seal") == digest(data) and data["scores"] == file_hash(scores)
+    except (TransferError, KeyError, AttributeError, TypeError):
+        sealed = False
+    if not sealed:
+        say(f"cell {key[:6]} changed since it was written; trained again")
+    return sealed
 
 
 def _read(out_dir: Path, cell: Cell, key: str) -> CellResult:
@@ -240,16 +251,16 @@ def _work(job: Job) -> str:
         model, run = task.fit(cell.target, examples, cell.recipe, cell.seed)
         evals = task.evaluate(model, evaluation, out_dir / f"{key}.jsonl")
         seen = {t.text.strip().casefold() for t in evaluation}
-        write_json(
-            out_dir / f"{key}.json",
-            {
-                "schema": SCHEMA,
-                "key": key,
-                "run": dataclasses.asdict(run),
-                "evals": [dataclasses.asdict(e) for e in evals],
-                "n_leaked": sum(text.strip().casefold() in seen for text, _ in examples),
-            },
-        )
+        record = {
+            "schema": SCHEMA,
+            "key": key,
+            "run": dataclasses.asdict(run),
+            "evals": [dataclasses.asdict(e) for e in evals],
+            "n_leaked": sum(text.strip().casefold() in seen for text, _ in examples),
+            "scores": file_hash(out_dir / f"{key}.jsonl"),
+        }
+        record = plain(record)
+        write_json(out_dir / f"{key}.json", {**record, "seal": digest(record)})
     except TransferError as error:
         return str(error)
     except Exception as error:

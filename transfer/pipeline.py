@@ -57,6 +57,10 @@ class Pipeline:
     @cached_property
     def corpora(self) -> dict[str, Corpus]:
         """Anchor, seed and evaluation texts."""
+        return self._loaded[0]
+
+    @cached_property
+    def _loaded(self) -> tuple[dict[str, Corpus], dict[str, int]]:
         return stages.load_corpora(self.experiment.data)
 
     @cached_property
@@ -92,7 +96,12 @@ class Pipeline:
     @cached_property
     def stores(self) -> dict[str, ActivationStore]:
         """Sparse activations of the reference corpus, per model."""
-        found: dict[str, ActivationStore] = {}
+        return {name: ActivationStore.load(folder / "store") for name, folder in self.harvests.items()}
+
+    @cached_property
+    def harvests(self) -> dict[str, Path]:
+        """Folder of each model's harvest: the store, and how well the SAE fits (``check.json``)."""
+        found: dict[str, Path] = {}
         for name, adapter in self.adapters.items():
             folder = self.dir.stage(
                 "harvest",
@@ -100,7 +109,7 @@ class Pipeline:
                 lambda out, a=adapter: stages.harvest(a, self.reference, out, self.experiment.harvest),
                 name,
             )
-            found[name] = ActivationStore.load(folder / "store")
+            found[name] = folder
         return found
 
     @cached_property
@@ -143,12 +152,6 @@ class Pipeline:
     @cached_property
     def coverage(self) -> dict[str, tuple[CoverageReport, Path]]:
         """Coverage of the seed data per model, with the folder that holds its thresholds."""
-        for split in ("anchor", "seed"):
-            if split not in self.corpora:
-                raise TransferError(
-                    f"Coverage needs {split} texts, and the data has none.",
-                    f"Name them in data.{split}, or give the data a split column with the value {split!r}.",
-                )
         found: dict[str, tuple[CoverageReport, Path]] = {}
         stores = self.stores
         for name in self.experiment.models:
@@ -236,8 +239,6 @@ class Pipeline:
     @cached_property
     def cells(self) -> Path:
         """Fine-tuned and evaluated cells of the grid."""
-        if "evaluation" not in self.corpora:
-            raise TransferError("Fine-tuning needs evaluation texts, and the data has none.", "Name data.evaluation.")
         return self.dir.stage(
             "tune",
             {
@@ -255,9 +256,17 @@ class Pipeline:
     def numbers(self, until: str = "run") -> dict[str, Any]:
         """The numbers up to a stage; the whole of ``results.json`` after the last one."""
         rank = STAGES.index(until)
-        numbers: dict[str, Any] = {}
+        if rank >= 1 and len(self.experiment.models) < 2:
+            raise TransferError("An alignment needs two models, the experiment has one.", "Add one under `models`.")
+        if rank >= 2:
+            stages.check_corpora(self.corpora, self.experiment.data.positive, evaluate=rank >= 4)
+        checks = {name: read_json(folder / "check.json") for name, folder in self.harvests.items()}
+        numbers: dict[str, Any] = {
+            "data": {"texts": {s: len(c) for s, c in self.corpora.items()}, "unused": self._loaded[1]},
+            "harvest": [stages.store_summary(n, s, checks[n]) for n, s in self.stores.items()],
+        }
         if rank == 0:
-            return {"harvest": [stages.store_summary(n, s) for n, s in self.stores.items()]}
+            return numbers
         pairs = itertools.permutations(self.experiment.models, 2)
         methods = self.experiment.align.methods
         numbers["alignments"] = [self.alignments[s, t, m].summary() for s, t in pairs for m in methods]

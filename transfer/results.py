@@ -134,6 +134,19 @@ def alerts(
             )
     if numbers.get("n_leaked"):
         found.append((0, "severe", f"{numbers['n_leaked']} training texts are also evaluation texts."))
+    for split, count in numbers["data"]["unused"].items():
+        found.append((2, "warn", f"{count} texts of split {split!r} were not used."))
+    for row in numbers["harvest"]:
+        if row["nmse"] > 1 or (row["card_nmse"] and row["nmse"] > 1.5 * row["card_nmse"]):
+            card = f", {row['card_nmse']:.2f} of its card's" if row["card_nmse"] else ""
+            found.append(
+                (
+                    1,
+                    "severe",
+                    f"The SAE of {row['model']} leaves {row['nmse']:.2f} of the variance of these texts unexplained"
+                    f"{card}: its features say little about them.",
+                )
+            )
     for name, store in stores.items():
         for reason, count in store.counts.items():
             if count > 0.05 * len(store.doc_ids):

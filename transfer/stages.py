@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
@@ -17,6 +18,7 @@ from models.adapter import Adapter
 from models.generators import SteeredGenerator
 from transfer import arms
 from transfer.core.config import DataSection, Experiment, HarvestSection
+from transfer.core.console import say
 from transfer.core.errors import TransferError
 from transfer.core.files import load_arrays, load_csr, read_json, save_arrays, save_csr, write_json
 from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSet, FeatureView, SynthesisRun
@@ -29,11 +31,14 @@ from transfer.synthesis import score_targets, steering_vectors, synthesise
 SPLITS = ("anchor", "seed", "evaluation")
 
 
-def load_corpora(data: DataSection) -> dict[str, Corpus]:
+def load_corpora(data: DataSection) -> tuple[dict[str, Corpus], dict[str, int]]:
     """Anchor, seed and evaluation texts; a source without splits is all anchor.
 
+    Returns:
+        Corpus by split, and how many texts other splits of the source hold: those are not used.
+
     Raises:
-        TransferError: When there is no data, or splits share a text.
+        TransferError: When there is no data, splits share a text, or only some texts of a split have a label.
     """
 
     def load(ref: str) -> Corpus:
@@ -42,10 +47,15 @@ def load_corpora(data: DataSection) -> dict[str, Corpus]:
         )
 
     found: dict[str, Corpus] = {}
+    unused: dict[str, int] = {}
     if data.source:
         whole = load(data.source)
         known = {t.split for t in whole} & set(SPLITS)
         found = {s: whole.split(s) for s in SPLITS if s in known} or {"anchor": whole}
+        if known:
+            unused = dict(sorted(Counter(t.split for t in whole if t.split not in SPLITS).items()))
+    for split, n in unused.items():
+        say(f"data  {n} texts of split {split!r} are not used (splits are {', '.join(SPLITS)})")
     for split in SPLITS:
         ref = getattr(data, split)
         if ref:
@@ -62,12 +72,40 @@ def load_corpora(data: DataSection) -> dict[str, Corpus]:
                 f"{len(leaked)} evaluation texts also stand in the anchor or seed data, first {leaked[0]}.",
                 "Remove them from one side: an evaluation on them would be worthless.",
             )
-    return found
+    for split, corpus in found.items():
+        bare = [t.id for t in corpus if not t.label]
+        if bare and len(bare) < len(corpus):
+            raise TransferError(
+                f"{len(bare)} of {len(corpus)} {split} texts have no label, first {bare[0]}.", "Label all or none."
+            )
+    return found, unused
+
+
+def check_corpora(corpora: Mapping[str, Corpus], positive: str, *, evaluate: bool) -> None:
+    """Refuse data that coverage (and with ``evaluate`` fine-tuning) cannot work with, before any work is done.
+
+    Raises:
+        TransferError: For a missing split, or labels other than two with ``positive`` among them.
+    """
+    for split in SPLITS if evaluate else SPLITS[:2]:
+        if split not in corpora:
+            raise TransferError(
+                f"{'Fine-tuning' if split == 'evaluation' else 'Coverage'} needs {split} texts, and the data has none.",
+                f"Name them in data.{split}, or give the data a split column with the value {split!r}.",
+            )
+    for split in ("anchor", "evaluation") if evaluate else ("anchor",):
+        labels = sorted({t.label for t in corpora[split]})
+        if len(labels) != 2 or positive not in labels:
+            raise TransferError(
+                f"The {split} texts have the labels {labels}; two are needed, and {positive!r} (data.positive) must be "
+                "one of them.",
+                "Name the label column with data.label and the label to detect with data.positive.",
+            )
 
 
 def harvest(adapter: Adapter, corpus: Corpus, out: Path, settings: HarvestSection) -> None:
-    """Check the adapter against its card, then store the corpus' activations."""
-    check = adapter.self_check([t.text for t in corpus][:64])
+    """Check the adapter against its card, store the corpus' activations, and say how well the SAE fits the corpus."""
+    check = {"card": adapter.self_check(), "corpus": adapter.reconstruction([t.text for t in corpus][:256])}
     harvest_store(
         adapter,
         corpus,
@@ -79,8 +117,8 @@ def harvest(adapter: Adapter, corpus: Corpus, out: Path, settings: HarvestSectio
     write_json(out / "check.json", check)
 
 
-def store_summary(name: str, store: ActivationStore) -> dict[str, Any]:
-    """What a harvest gave."""
+def store_summary(name: str, store: ActivationStore, check: dict[str, Any]) -> dict[str, Any]:
+    """What a harvest gave; ``nmse`` is the SAE's error on these texts, ``card_nmse`` that on its card's."""
     alive = int(np.count_nonzero(store.support()))
     return {
         "model": name,
@@ -91,6 +129,8 @@ def store_summary(name: str, store: ActivationStore) -> dict[str, Any]:
         "features_alive": alive,
         "features": store.space.n_features,
         "active_per_token": store.tokens.nnz / max(store.n_tokens, 1),
+        "nmse": check["corpus"]["nmse"],
+        "card_nmse": check["card"].get("nmse"),
         **store.counts,
     }
 

@@ -15,7 +15,6 @@ from models.zoo.recipe import ZOO, ZooModel
 from transfer.core.console import progress, say
 from transfer.core.errors import TransferError
 from transfer.core.files import read_json, write_json
-from transfer.core.objects import digest
 
 SAE_WIDTH = 2048
 SAE_K = 16
@@ -143,5 +142,5 @@ def build_sae(folder: Path, spec: ZooModel, activations: np.ndarray, seed: int) 
     )
     texts = random.Random(0).sample(bundled_texts(), 64)
     found = Adapter.load(f"path:{folder}", f"path:{out}").reconstruction(texts)
-    check = {"nmse": found["nmse"], "l0": found["l0"], "texts_hash": digest(texts)}
+    check = {"nmse": found["nmse"], "l0": found["l0"], "texts": texts}
     write_json(out / "card.json", {"sae": {"check": check, "seed": seed, "training": trained}})

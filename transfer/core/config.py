@@ -6,7 +6,7 @@ import difflib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -116,14 +116,21 @@ class TuneSection(Section):
 
     task: str = "intent"
     recipes: tuple[str, ...] = Field(("head",), min_length=1, description="head, lora, paper-head, paper-lora.")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=3)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=3)
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> TuneSection:
+        for name, values in (("seeds", self.seeds), ("recipes", self.recipes)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"tune.{name} repeats a value: {list(values)}")
+        return self
 
 
 class Experiment(Section):
     """The whole experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = 0
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Folder under runs/.")
+    seed: int = Field(0, ge=0)
     processes: int = Field(2, ge=1, description="Worker processes, one torch thread each.")
     models: dict[str, ModelSection] = Field(min_length=1)
     data: DataSection = Field(default_factory=lambda: DataSection.model_validate({}))
@@ -172,6 +179,8 @@ def load_experiment(path: Path | str, settings: list[str] | None = None) -> Expe
         TransferError: When the file is missing, is not YAML, or does not validate; all problems at once.
     """
     file = Path(path)
+    if len(file.name) > 200:
+        raise TransferError(f"No experiment file can have a name of {len(file.name)} characters.")
     if not file.is_file() and (PRESETS / f"{path}.yaml").is_file():
         file = PRESETS / f"{path}.yaml"
     if not file.is_file():
@@ -197,7 +206,10 @@ def load_experiment(path: Path | str, settings: list[str] | None = None) -> Expe
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise TransferError(f"--set {key}: {parent} is not a section.")
-        node[last] = yaml.safe_load(value)
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise TransferError(f"--set {setting!r}: {value!r} is not valid YAML.", "Quote it.") from None
     try:
         return Experiment.model_validate(data)
     except ValidationError as error:

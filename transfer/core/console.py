@@ -13,7 +13,7 @@ _quiet = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Silence status lines and progress (``--quiet``, ``--json``)."""
+    """Silence status lines and progress (``--quiet``, ``--json``), never what ``complain`` says."""
     global _quiet
     _quiet = quiet
 
@@ -23,6 +23,12 @@ def say(line: str) -> None:
     if not _quiet:
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
+
+
+def complain(line: str) -> None:
+    """Why the command failed: one line on standard error, whatever was asked to be silent."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def show(value: Any) -> None:
@@ -70,7 +76,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
         if now - last >= 10:
             last = now
             rate = done / (now - start)
-            left = (total - done) / max(rate, 1e-9)
+            left = max(total - done, 0) / max(rate, 1e-9)
             say(f"{label}  {done}/{total} {unit}  {rate:,.1f} {unit}/s  about {left:.0f} s left")
 
     yield advance

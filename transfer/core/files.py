@@ -56,14 +56,14 @@ def remove_leftovers(folder: Path) -> None:
             pass  # another user's live process
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON-able, deterministic: numpy scalars unwrapped, NaN as null."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Canonical JSON (sorted keys, NaN as null), atomically."""
     with replacing(path) as part:
-        part.write_text(json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf8")
+        part.write_text(json.dumps(plain(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf8")
 
 
 def read_json(path: Path) -> Any:
@@ -84,11 +84,13 @@ def read_json(path: Path) -> Any:
         TransferError: When it is missing or broken.
     """
     try:
-        return json.loads(Path(path).read_text("utf8"))
+        return json.loads(Path(path).read_text("utf-8-sig"))
     except FileNotFoundError:
         raise TransferError(f"{path} does not exist.") from None
     except json.JSONDecodeError as error:
         raise TransferError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}).") from None
+    except UnicodeDecodeError:
+        raise TransferError(f"{path} is not UTF-8.") from None
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

@@ -75,7 +75,10 @@ class RunDir:
     def _difference(self, title: str, inputs: dict[str, Any]) -> str:
         """First input that differs from the newest finished stage of the same title."""
         known = self.path / "stages.json"
-        before = read_json(known).get(title) if known.exists() else None
+        try:
+            before = read_json(known).get(title) if known.exists() else None
+        except (TransferError, AttributeError):  # only a hint is lost
+            return ""
         if not before or not (self.store / before / "key.json").exists():
             return ""
         old = read_json(self.store / before / "key.json")["inputs"]
