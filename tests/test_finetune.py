@@ -137,7 +137,7 @@ def test_lora_trains_adapters_and_score_and_nothing_else(languages, name):
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_upper_half_on_the_frozen_lower_half_is_the_whole_model(languages, name):
+def test_upper_layers_on_the_frozen_lower_ones_are_the_whole_model(languages, name):
     backbone = Backbone(languages[name], f"test:{name}")
     rows, _ = backbone.encode(["lock", "how to bake a good bread and a cake with apples", "pick a lock"], 64)
     before = weights(backbone.model)
@@ -149,12 +149,12 @@ def test_upper_half_on_the_frozen_lower_half_is_the_whole_model(languages, name)
     _, full = finetune(backbone, EXAMPLES, LORA, seed=1)
     assert run.n_trainable < full.n_trainable
     adapted = {key.split(".layers.")[1][0] for key in model.model.state_dict() if "lora_B" in key}
-    assert adapted == {"0"}, "of two layers, the upper one is the only layer of the trained half"
+    assert adapted == {"0"}, "of two layers, the upper one is the only one in the trained part"
     assert all(torch.equal(value, before[key]) for key, value in backbone.model.state_dict().items())
     assert len(backbone.model.base_model.layers) == 2
 
 
-def test_upper_half_of_one_layer_is_refused(languages):
+def test_upper_layers_of_one_are_refused(languages):
     import copy
 
     language = languages["llama"]

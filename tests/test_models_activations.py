@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_another_space_is_not_mixed_in(
 ) -> None:
     run(adapter, tmp_path)
     done = count_shards(monkeypatch)
-    other = Adapter.join(adapter.language, adapter.dictionary, layer=1)
+    other = dataclasses.replace(adapter, space=dataclasses.replace(adapter.space, layer=1))
     store = run(other, tmp_path)
     assert done == [0, 5, 10, 15] and store.space.layer == 1
 

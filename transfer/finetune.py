@@ -47,7 +47,7 @@ class Recipe:
     max_steps: int | None = None
     """Large training sets end here, before their last epoch."""
     layers: Literal["all", "upper"] = "all"
-    """Which layers get adapters: all, or the upper half, so that the lower half runs once a text, not once an epoch."""
+    """Which layers get adapters: all, or the upper third: then the lower layers run once a text, not once an epoch."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "head"):
@@ -68,7 +68,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("lora", "lora", epochs=3, lr=1e-3, batch=16, max_tokens=256),
         # The same within seconds a run: the demo trains hundreds of models in five minutes.
         Recipe(
-            "lora-brief", "lora", epochs=3, lr=3e-3, batch=16, dropout=0, max_tokens=256, max_steps=40, layers="upper"
+            "lora-brief", "lora", epochs=2, lr=3e-3, batch=16, dropout=0, max_tokens=256, max_steps=30, layers="upper"
         ),
         Recipe("head", "head", epochs=20, lr=1e-2, batch=16, max_tokens=256, max_steps=400),
         # arXiv 2602.10388 and its code, toxicity; batch = per-device batch x accumulation (4 x 4 and 1 x 4).
