@@ -10,6 +10,8 @@ from transfer.results import alerts, limits
 
 def numbers() -> dict:
     return {
+        "data": {"texts": {"anchor": 9}, "unused": {}},
+        "harvest": [{"model": "a", "nmse": 0.2, "card_nmse": 0.15}],
         "alignments": [
             {"method": "sinkhorn", "source": "a", "target": "b", "converged": True, "row_error": 0.0, "col_error": 0.0}
         ],
@@ -31,6 +33,8 @@ def test_nothing_wrong_gives_no_alert() -> None:
 @pytest.mark.parametrize(
     ("section", "row", "words"),
     [
+        ("harvest", {"nmse": 0.5}, "0.50 of the variance of these texts unexplained, 0.15 of its card"),
+        ("harvest", {"nmse": 1.2, "card_nmse": None}, "1.20 of the variance"),
         ("alignments", {"converged": False}, "did not converge"),
         ("coverage", {"n_missing": 3}, "only 3"),
         ("transfer", {"n_train": 90}, "only 12 of the 40"),
@@ -43,6 +47,12 @@ def test_each_alert_can_fire(section: str, row: dict, words: str) -> None:
     wrong[section][0].update(row)
     found = alerts(wrong, {}, load_experiment("demo"))
     assert len(found) == 1 and words in found[0]["text"]
+
+
+def test_texts_of_other_splits_are_named() -> None:
+    wrong = numbers()
+    wrong["data"]["unused"]["val"] = 4
+    assert "4 texts of split 'val'" in alerts(wrong, {}, load_experiment("demo"))[0]["text"]
 
 
 def test_severe_alerts_come_first() -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.test_matrix import made
 from transfer.claims import compare, summarise
 from transfer.core.config import load_experiment
-from transfer.results import alerts, claims
+from transfer.results import claims
 
 EXPERIMENT = load_experiment("demo", ["tune.recipes=[head]"])
 
@@ -38,19 +38,3 @@ def test_a_loss_is_not_supported_however_sure():
     found = told(mapped=0.5, own=0.3, random=0.6, shuffled=0.55)
     for anchor in ("pooled-head-mapped-random", "pooled-head-mapped-shuffled", "pooled-head-own-random"):
         assert found[anchor]["number"] < 0 and found[anchor]["verdict"] == "not supported"
-
-
-def test_alerts_name_what_a_reader_must_know():
-    numbers = {
-        "data": {"texts": {"anchor": 9}, "unused": {"val": 4}},
-        "harvest": [
-            {"model": "a", "nmse": 0.5, "card_nmse": 0.15},
-            {"model": "b", "nmse": 0.2, "card_nmse": 0.15},
-            {"model": "c", "nmse": 1.2, "card_nmse": None},
-        ],
-        "alignments": [], "coverage": [], "transfer": [], "comparisons": [], "synthesis": [],
-    }  # fmt: skip
-    told = [a["text"] for a in alerts(numbers, {}, EXPERIMENT)]
-    assert len(told) == 3 and "4 texts of split 'val'" in told[2]
-    assert "SAE of a leaves 0.50" in told[0] and "0.15 of its card" in told[0]
-    assert "SAE of c leaves 1.20" in told[1]
