@@ -101,12 +101,11 @@ def test_texts_of_unknown_splits_are_named_and_half_labels_refused(tmp_path: Pat
     assert out.returncode == 2 and "1 of 4 anchor texts have no label" in out.stderr
 
 
-def test_runs_are_listed_from_where_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_listed_from_where_they_are_written(tmp_path: Path) -> None:
     run = tmp_path / "elsewhere" / "mine"
     run.mkdir(parents=True)
     (run / "manifest.json").write_text("{")
-    monkeypatch.setenv("TRANSFER_RUNS", str(run.parent))
-    listed = json.loads(transfer("ls", "--json", cwd=tmp_path).stdout)["runs"]
+    listed = json.loads(transfer("ls", "--json", cwd=tmp_path, TRANSFER_RUNS=str(run.parent)).stdout)["runs"]
     assert [(r["run"], r["state"]) for r in listed] == [("mine", "broken manifest")]
 
 
