@@ -89,7 +89,7 @@ def test_bad_data(tmp_path: Path, content: str, words: str) -> None:
 
 
 def test_texts_of_unknown_splits_are_named_and_half_labels_refused(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict] = [
         {"text": f"a text about {i}", "label": "ab"[i % 2], "split": s} for s in ("anchor", "val") for i in range(4)
     ]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))

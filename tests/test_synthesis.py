@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,6 +306,8 @@ def test_faults_of_form(text: str, wrong: str):
 
 
 class Recorder:
+    ref = "zoo:llama"
+
     def __init__(self) -> None:
         self.calls: list[dict] = []
 
@@ -359,7 +362,7 @@ def test_worker_processes_write_the_same_texts(tiny_llama):
     language = LanguageModel.load(f"path:{tiny_llama}")
     direction = np.ones(language.d_model, dtype=np.float32)
     requests = [Prompt(("one two", "three"), 5, seed, direction, 3.0) for seed in range(2)]
-    settings = dict(model="tiny", max_new_tokens=6, chunk=4, batch_size=4)
+    settings: dict[str, Any] = dict(model="tiny", max_new_tokens=6, chunk=4, batch_size=4)
     alone = SteeredGenerator(language, 1, **settings).generate(requests)
     with workers(2) as executor:
         assert SteeredGenerator(language, 1, **settings, executor=executor).generate(requests) == alone
