@@ -13,12 +13,15 @@ from aligners.activation import ActivationAligner
 from aligners.base import Aligner
 from aligners.chance import RandomAligner
 from aligners.decoder import DecoderAligner
+from aligners.fused import FusedAligner
 from aligners.planted import Planted, planted_pair
 from aligners.sinkhorn import SinkhornAligner
 from transfer.core.errors import TransferError
 from transfer.core.objects import Alignment, FeatureView, PairedActivations
 
 ALIGNERS: list[Aligner] = [
+    FusedAligner(),
+    FusedAligner(min_support=10, k=4),
     ActivationAligner(),
     ActivationAligner(rule="one_to_one"),
     DecoderAligner(),
