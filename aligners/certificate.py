@@ -106,7 +106,7 @@ def primal_value(problem: Problem, mass: np.ndarray) -> float:
 
 
 def _shrink(mass: np.ndarray, carried: np.ndarray) -> np.ndarray:
-    return np.minimum(1, np.divide(mass, carried, out=np.ones_like(mass), where=carried > 0))
+    return np.divide(mass, carried, out=np.ones_like(mass), where=carried > mass)
 
 
 def _completed(problem: Problem, mass: np.ndarray) -> np.ndarray:

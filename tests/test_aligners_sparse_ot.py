@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -73,6 +73,7 @@ def feasible(plan: Any, problem: Problem) -> bool:
     st.integers(1, 300),
     st.integers(0, 10**6),
 )
+@example(1, 4, 1.0, 1.0, 30.0, 0.05, 1, 6)  # columns that carry 1e-317
 def test_dual_optimum_primal(
     n: int, m: int, density: float, slack: float | None, scale: float, reg: float, max_iter: int, seed: int
 ) -> None:
