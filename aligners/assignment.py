@@ -42,7 +42,7 @@ def counterparts(alignment: Alignment) -> Alignment:
         for i in np.flatnonzero(np.diff(matrix.indptr)):
             pairs.add((int(best[i]), int(i)) if flip else (int(i), int(best[i])))
     src, tgt = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
-    score = np.asarray(coupling[src, tgt], dtype=np.float64).ravel()
+    score = np.asarray(coupling[src, tgt], dtype=np.float64).ravel() if len(src) else np.empty(0)
     return dataclasses.replace(
         alignment, method=f"{alignment.method}-best", matches=match_columns(src, tgt, score), null_corr=None
     )

@@ -36,6 +36,10 @@ class Aligner(ABC):
         """Parts this aligner cannot do without: of ``pairs``, ``residuals``, ``unembedding``, ``one_space``."""
         return frozenset()
 
+    def takes(self) -> frozenset[str]:
+        """Parts this aligner makes use of where they are there; those it needs, and perhaps more."""
+        return self.needs()
+
     def name(self) -> str:
         """Method name with the variant that matters to a reader."""
         return self.method

@@ -40,7 +40,8 @@ def score_matches(
 
     A small q-value says "these two fire together more than unrelated features do". It does **not** protect against
     "correlated but different" (a parent and its child, two features of one topic): on planted pairs that share nothing
-    but topics, half of the matches pass at 5 % (tests/test_aligners_calibrate.py). Never call 1 − q precision.
+    but topics, half of the matches pass at 5 % (tests/test_aligners_calibrate.py). Never call 1 − q precision. Where
+    the fit gave q-values of its own that do (``fit_q``, see ``fused.FusedAligner``), the larger of the two is kept.
 
     Args:
         alignment: Fitted on other documents.
@@ -72,7 +73,7 @@ def score_matches(
             **alignment.matches,
             "heldout_corr": observed,
             "p_value": p,
-            "q_value": benjamini_hochberg(p),
+            "q_value": _stricter(benjamini_hochberg(p), alignment.matches.get("fit_q")),
         },
         null_corr=null.ravel(),
         info={
@@ -83,6 +84,10 @@ def score_matches(
             "heldout_docs": len(np.unique(heldout.docs)),
         },
     )
+
+
+def _stricter(q: Float[np.ndarray, " n"], own: Float[np.ndarray, " n"] | None) -> Float[np.ndarray, " n"]:
+    return q if own is None else np.maximum(q, own)
 
 
 def document_shifts(docs: Int[np.ndarray, " rows"], n: int, seed: int) -> Int[np.ndarray, " n"]:
@@ -152,7 +157,11 @@ def shuffled(alignment: Alignment, seed: int = 0) -> Alignment:
         coupling=type(alignment.coupling)(
             (coupling.data, (coupling.row, moved[coupling.col])), shape=alignment.coupling.shape
         ),
-        matches={**alignment.matches, "target": moved[alignment.matches["target"]], **unscored},
+        matches={
+            **{name: values for name, values in alignment.matches.items() if name != "fit_q"},
+            "target": moved[alignment.matches["target"]],
+            **unscored,
+        },
         null_corr=None,
         seed=seed,
     )

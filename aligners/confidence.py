@@ -31,7 +31,6 @@ NULL_REACH, RELATED_REACH = 1.5, 2.0
 """Spreads up to which a true z counts as null, and from which it may be related."""
 LEAN = 30.0
 """Edges' worth of the common forms of null and related mixed into each stratum's."""
-MAX_ROUNDS = 2000
 SHIFT = 1e-7
 """Change of the mean log-likelihood below which the mixture has settled."""
 SHY = 2.0
@@ -74,7 +73,7 @@ class Judged:
     converged: bool
 
 
-def judge(evidence: Evidence) -> Judged:
+def judge(evidence: Evidence, max_iter: int = 2000) -> Judged:
     """Fit the mixture to all strata and judge every edge.
 
     True z lie on a grid: near 0 they are null, up to ``SAME`` times the anchor related, at the anchor the same. Each
@@ -99,7 +98,7 @@ def judge(evidence: Evidence) -> Judged:
     inside = np.diff(np.vstack([np.zeros(len(model.kind)), cumulative, np.ones(len(model.kind))]), axis=0)
     hidden = np.maximum(evidence.total - counts.sum(axis=1), 0.0) * np.isfinite(floor)
     unseen = np.where(np.isfinite(floor)[:, None], model.below(floor), 0.0)
-    weights, rounds, converged = _fit(counts, inside, hidden, unseen, model.kind)
+    weights, rounds, converged = _fit(counts, inside, hidden, unseen, model.kind, max_iter)
     log_weights = np.log(np.maximum(weights, 1e-300))
     ceiling = _odds(model.log_above() + log_weights, model.kind)[evidence.stratum]
     log_odds = np.empty(len(z))
@@ -219,6 +218,7 @@ def _fit(
     hidden: Float[np.ndarray, " strata"],
     unseen: Float[np.ndarray, "strata k"],
     kind: Int[np.ndarray, " k"],
+    max_iter: int,
 ) -> tuple[Float[np.ndarray, "strata k"], int, bool]:
     """EM for the weights of each stratum: shares of its own, forms of null and related that lean on the common ones."""
     member = np.eye(3)[kind]
@@ -226,7 +226,7 @@ def _fit(
     listed = hidden == 0
     total = counts.sum() + hidden.sum()
     last = -np.inf
-    for rounds in range(1, MAX_ROUNDS + 1):
+    for rounds in range(1, max_iter + 1):
         seen = weights @ inside.T
         lost = np.sum(weights * unseen, axis=1)
         ratio = np.divide(counts, seen, out=np.zeros_like(counts), where=counts > 0)
@@ -246,4 +246,4 @@ def _fit(
         if abs(likelihood - last) < SHIFT:
             return weights, rounds, True
         last = likelihood
-    return weights, MAX_ROUNDS, False
+    return weights, max_iter, False

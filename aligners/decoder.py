@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 
 from aligners.assignment import Rule, select
 from aligners.base import Aligner, coupling_of, match_columns
+from aligners.canonical import canonical_coordinates
 from aligners.correlation import usable_features
-from aligners.maps import Kind, fit_map
+from aligners.maps import Kind, SplitSums, best_map, blocks_of, check_kind
 from aligners.topk import inner_blocks, neighbour_means, topk_blocks, unit_rows
 from transfer.core.errors import TransferError
 from transfer.core.objects import Alignment, FeatureView, PairedActivations
@@ -45,10 +46,11 @@ def comparable(
     """Bring the directions of the testable features of both sides into one space.
 
     Cosine across models is undefined until something relates the spaces: a map learned from paired residuals
-    (``map``), the logits of the tokens both vocabularies share, centred over those tokens (``unembedding``), or the
-    fact that it is one space (``same``). Features without direction, and with ``pairs`` those too rare or always on,
-    are left out and counted. Memory: copies of the directions; for the unembedding three d × d matrices, never
-    features × tokens.
+    (``map``; the source's directions go to the target's space, or with ``cca`` both go to canonical coordinates), the
+    logits of the tokens both vocabularies share, centred over those tokens (``unembedding``), or the fact that it is
+    one space (``same``). Features without direction, and with ``pairs`` those too rare or always on,
+    are left out and counted. Memory: copies of the directions; for a map what ``aligners.maps.fit_blocks`` takes; for
+    the unembedding three d × d matrices, never features × tokens.
 
     Raises:
         TransferError: When nothing is left on one side.
@@ -71,11 +73,19 @@ def comparable(
     a, b = unit_rows(x[ids[0]].astype(np.float64)), unit_rows(y[ids[1]].astype(np.float64))
     if via == "map":
         assert pairs is not None and pairs.source_residual is not None and pairs.target_residual is not None
-        found = fit_map(pairs.source_residual, pairs.target_residual, pairs.docs, kind=kind, seed=seed)
-        a = unit_rows(found.vectors(a))
+        check_kind(kind)
+        blocks = blocks_of(pairs.source_residual, pairs.target_residual, pairs.docs)
+        sums = SplitSums.of(blocks, full=kind != "ridge", seed=seed)
+        found, _ = best_map(sums, kind)
+        if kind == "cca":
+            into_a, into_b, _ = canonical_coordinates(sums.total)
+            a, b = unit_rows(a @ into_a), unit_rows(b @ into_b)
+        else:
+            a = unit_rows(found.vectors(a))
         info.update(
             heldout_r2=found.heldout_r2,
             map_strength=found.strength,
+            map_rank=found.rank,
             map_rows=found.n_rows,
             map_outliers=found.n_outliers,
         )
@@ -119,13 +129,13 @@ class DecoderAligner(Aligner):
     """Mutual nearest neighbours (or one-to-one assignment) by cosine of decoder directions.
 
     Args:
-        via: ``map`` (ridge or Procrustes map from paired residuals), ``unembedding`` (logits of shared tokens) or
-            ``same`` (one residual space: seeds, widths, fine-tunes).
+        via: ``map`` (learned from paired residuals), ``unembedding`` (logits of shared tokens) or ``same`` (one
+            residual space: seeds, widths, fine-tunes; ``aligners.same_space`` also compares encoders there).
         csls: Rank by ``2·cos − r − r`` so that hubs do not win every row; scores stay cosines. Costs a second pass.
-        kind: Of the map.
+        kind: Of the map (``aligners.maps.fit_blocks``), or ``cca`` for canonical coordinates (``aligners.canonical``).
         min_support: With ``pairs``, rows a feature must fire on to be testable.
         rule: ``mutual`` or ``one_to_one`` (the latter for at most 4,096 testable features a side).
-        seed: Of the inner split that picks the ridge strength.
+        seed: Of the inner split that picks the map's strength.
     """
 
     method = "decoder"

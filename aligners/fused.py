@@ -1,31 +1,39 @@
-"""The default aligner: activations start a map, geometry through the map judges, both say how sure a match is."""
+"""The default aligner: activations propose, geometry in a learned common space judges, both say how sure a match is."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 
 from aligners.base import Aligner, match_columns
+from aligners.canonical import CanonicalSpace, canonical_space
 from aligners.coactivation import PairedCodes
 from aligners.confidence import SAME, Evidence, Judged, anchors, judge, q_values
 from aligners.correlation import usable_features
 from aligners.partners import Partners, top_partners
 from aligners.seeded import SETTLED, SeededMap, difference, seeded_map
+from aligners.selection import Rule, mutual_best, select_edges
 from aligners.topk import TopK
 from transfer.core.errors import TransferError
 from transfer.core.objects import Alignment, FeatureView, PairedActivations
 
+Geometry = Literal["auto", "residuals", "pairs"]
 RANKS = (1, 2, 4, 8)
 """Edges of the rank classes by which activation evidence is grouped."""
 LEVELS = 3
 """Groups by φ within a rank class."""
+ROUNDS = 10
+"""Rounds of a space learned from pairs, and of its refits, at most."""
 ENOUGH = 8
 """Confident pairs that a map is refitted on, at least."""
+
+
+Space = CanonicalSpace | SeededMap
+"""Where directions of both sides are compared."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +89,22 @@ def _listed(ids: np.ndarray, n_tgt: int, *, flip: bool) -> tuple[np.ndarray, np.
 
 @dataclass(frozen=True)
 class Fusion:
-    """Judged edges, and the map they were judged through."""
+    """Judged edges, and how their common space came about."""
 
     edges: Candidates
+    cosine: Float[np.ndarray, " edges"]
     judged: Judged
-    map: SeededMap
-    refits: tuple[float, ...]
-    """Share of the pairs that changed in each refit of the map on confident pairs."""
-    best: Int[np.ndarray, " n"]
-    """Edges that are the best of both their source and their target."""
+    info: dict[str, Any]
+    n_iter: int = 1
+    """Times the space was learned."""
+    converged: bool = True
+    """It no longer changed."""
 
 
-def fuse(
+def fuse_through_pairs(
     x: Float[np.ndarray, "n_src d_src"], y: Float[np.ndarray, "n_tgt d_tgt"], codes: PairedCodes, k: int, max_iter: int
 ) -> Fusion:
-    """From codes and directions of testable features to judged edges.
+    """Learn the space from feature pairs that fire together, and again from those found confident in it.
 
     Raises:
         TransferError: When fewer than two pairs of features fire together.
@@ -103,38 +112,83 @@ def fuse(
     rows, cols = top_partners(codes, k, "phi")
     mutual = np.flatnonzero(rows.ids[:, 0] >= 0)
     mutual = mutual[cols.ids[rows.ids[mutual, 0], 0] == mutual]
-    found, top = seeded_map(x, y, np.stack([mutual, rows.ids[mutual, 0]], axis=1), max_iter=max_iter, neighbours=k)
-    refits: tuple[float, ...] = ()
+    seeds = np.stack([mutual, rows.ids[mutual, 0]], axis=1)
+    found, top = seeded_map(x, y, seeds, max_iter=min(max_iter, ROUNDS), neighbours=k)
+    refits: list[float] = []
     while True:
-        edges = candidates(rows, cols, top)
-        evidence = _evidence(edges, found, top)
-        judged = judge(evidence)
+        edges, cosine, judged = _judged(rows, cols, found, top, max_iter)
         likely = np.flatnonzero(judged.confidence >= 0.5)
-        keep = likely[mutual_best(edges.source[likely], edges.target[likely], evidence.cosine[likely])]
+        keep = likely[mutual_best(edges.source[likely], edges.target[likely], cosine[likely])]
         pairs = np.stack([edges.source[keep], edges.target[keep]], axis=1)
-        refits = (*refits, difference(pairs, found.pairs))
-        if refits[-1] <= SETTLED or len(refits) >= max_iter or len(pairs) < ENOUGH:
-            best = mutual_best(edges.source, edges.target, judged.log_odds, evidence.cosine)
-            return Fusion(edges, judged, found, refits, best)
+        refits.append(difference(pairs, found.pairs))
+        if refits[-1] <= SETTLED or len(refits) >= min(max_iter, ROUNDS) or len(pairs) < ENOUGH:
+            break
         found = SeededMap.through(found.source, found.target, pairs, found.changed)
         top = found.nearest(k)
+    return Fusion(
+        edges,
+        cosine,
+        judged,
+        {
+            "geometry": "pairs",
+            "map_rounds": found.rounds,
+            "map_pairs": len(found.pairs),
+            "map_refits": len(refits),
+            "map_strength": found.forward.strength,
+            "map_strength_back": found.backward.strength,
+            "map_cycle_error": found.cycle_error,
+        },
+        n_iter=found.rounds + len(refits),
+        converged=found.converged and refits[-1] <= SETTLED and judged.converged,
+    )
 
 
-def mutual_best(
-    src: Int[np.ndarray, " edges"], tgt: Int[np.ndarray, " edges"], *scores: Float[np.ndarray, " edges"]
-) -> Int[np.ndarray, " n"]:
-    """Edges that are the best of both their ends by the first score, then the next, then as listed."""
-    order = np.lexsort([-score for score in reversed(scores)])
-    by_source, by_target = (order[np.unique(ids[order], return_index=True)[1]] for ids in (src, tgt))
-    return np.intersect1d(by_source, by_target)
+def fuse_through_residuals(
+    x: Float[np.ndarray, "n_src d_src"],
+    y: Float[np.ndarray, "n_tgt d_tgt"],
+    codes: PairedCodes,
+    k: int,
+    max_iter: int,
+    residual_x: Float[np.ndarray, "rows d_src"],
+    residual_y: Float[np.ndarray, "rows d_tgt"],
+    docs: Int[np.ndarray, " rows"],
+) -> Fusion:
+    """Learn the space from the residuals of paired positions; no feature pair is used, so none is judged by itself.
+
+    Raises:
+        TransferError: As ``canonical_space``.
+    """
+    found = canonical_space(x, y, residual_x, residual_y, docs)
+    rows, cols = top_partners(codes, k, "phi")
+    edges, cosine, judged = _judged(rows, cols, found, found.nearest(k), max_iter)
+    return Fusion(
+        edges,
+        cosine,
+        judged,
+        {
+            "geometry": "residuals",
+            "space_width": len(found.correlations),
+            "space_rows": found.rows,
+            "space_correlation": float(found.correlations.mean()),
+        },
+        converged=judged.converged,
+    )
 
 
-def _evidence(edges: Candidates, found: SeededMap, top: TopK) -> Evidence:
+def _judged(
+    rows: Partners, cols: Partners, found: Space, top: TopK, max_iter: int
+) -> tuple[Candidates, np.ndarray, Judged]:
+    edges = candidates(rows, cols, top)
+    evidence = _evidence(edges, found, top)
+    return edges, evidence.cosine, judge(evidence, max_iter)
+
+
+def _evidence(edges: Candidates, found: Space, top: TopK) -> Evidence:
     cosine = found.cosines(edges.source, edges.target)
     acts = np.flatnonzero(np.isfinite(edges.phi))
     best = acts[mutual_best(edges.source[acts], edges.target[acts], cosine[acts])]
     anchor, around = anchors(cosine[best])
-    n_src, n_tgt = len(found.source), len(found.target)
+    n_src, n_tgt = (len(side) for side in found.joint)
     rival, alone = _rivalled(edges, cosine >= SAME * anchor, n_src, n_tgt)
     group = 2 * strata(edges) + rival
     total = np.bincount(group, minlength=2)
@@ -157,63 +211,80 @@ def _rivalled(edges: Candidates, high: Bool[np.ndarray, " edges"], n_src: int, n
     return rival, int(np.sum(rows == 0)) * int(np.sum(cols == 0)) + int(np.sum(high & ~rival))
 
 
-def _spread(found: SeededMap) -> float:
-    """Standard deviation of the cosine over all pairs but those of the map, without making them."""
+def _spread(found: Space) -> float:
+    """Standard deviation of the cosine over all pairs but those the space was learned from, without making them."""
     x, y = found.joint
     seen = np.einsum("nd,nd->n", x[found.pairs[:, 0]], y[found.pairs[:, 1]])
-    square = np.sum((x.T @ x) * (y.T @ y)) - seen @ seen
-    mean = x.sum(axis=0) @ y.sum(axis=0) - seen.sum()
+    square = np.sum((x.T @ x) * (y.T @ y), dtype=np.float64) - seen @ seen
+    mean = x.sum(axis=0, dtype=np.float64) @ y.sum(axis=0, dtype=np.float64) - seen.sum()
     n = max(len(x) * len(y) - len(seen), 1)
     return float(np.sqrt(max(square / n - (mean / n) ** 2, 1e-12)))
 
 
 class FusedAligner(Aligner):
-    """Seeded map, decoder cosine and co-firing, fused into a probability per edge.
+    """Co-firing and decoder cosine in a common space, fused into a probability per edge.
 
-    φ of the codes gives seeds and, with the geometric neighbours, the candidate graph; a ridge map of decoder rows is
-    learned from the seeds and refitted on the pairs it is confident of; each edge is judged through a map that has not
-    seen it (``seeded.SeededMap.cosines``), against what its stratum of activation evidence usually holds
-    (``confidence.judge``). No residuals are needed.
+    φ of the codes and the cosine in the common space propose the candidate graph; each edge is judged by its cosine
+    against what its stratum of activation evidence usually holds (``confidence.judge``). The common space is the
+    canonical one of the paired residuals (``canonical.canonical_space``) where they were kept. Otherwise it is learned
+    from features that fire together, and again from those that then look the same; an edge is judged through a map
+    that has not seen it (``seeded.SeededMap.cosines``).
 
-    ``matches`` are the mutual best edges, ``score`` is the probability that a match is right, and ``q_value`` the
-    expected share of wrong ones among those at least as probable; filter by it. The coupling keeps every edge that is
-    more likely right than wrong and within ``level``, so that a concept that is one feature here and two there stays
-    two edges; its mass is the probability. Features too rare, dead or always on are counted in ``info`` as untestable
-    and are neither matched nor called unmatched; ``info["unmatched_source"]`` and ``_target`` count testable features
-    without an edge in the coupling.
+    ``score`` is the probability that a match is right, and ``q_value`` the expected share of wrong ones among those at
+    least as probable; filter by it. By default ``matches`` are the mutual best edges, and the coupling keeps every edge
+    that is more likely right than wrong and within ``level``, with its probability as mass, so that a concept that is
+    one feature here and two there stays two edges.
 
-    Memory: three copies of either side's testable directions in float64, ``seeded.EDGES`` directions, the candidate
-    edges (at most ``4·k`` a feature), and what ``partners.top_partners`` and ``topk.topk_cosine`` state.
+    Features too rare, dead or always on are counted in ``info`` as untestable and are neither matched nor called
+    unmatched; ``info["unmatched_source"]`` and ``_target`` count testable features without an edge in the coupling.
+
+    Memory: the candidate edges (at most ``4·k`` a feature), what ``partners.top_partners``, ``topk.topk_cosine`` and
+    ``canonical.canonical_space`` state; without residuals three copies of either side's directions in float64 instead
+    of the latter.
 
     Args:
         min_support: Rows a feature must fire on to be testable; few, since geometry carries rare features.
         k: Partners listed for each feature by either kind of evidence.
         level: Expected share of wrong edges that the coupling may hold.
-        max_iter: Rounds of the map at most, and of its refits.
+        geometry: Where the common space comes from: ``residuals``, feature ``pairs``, or ``auto``: residuals if any.
+        rule: How matches are chosen among judged edges; see ``selection.select_edges``.
+        max_iter: Iterations at most, of the judge and of transport each.
+        tol: Largest marginal error of a converged transport.
     """
 
     method = "fused"
 
-    def __init__(self, *, min_support: int = 3, k: int = 16, level: float = 0.05, max_iter: int = 10) -> None:
+    def __init__(
+        self,
+        *,
+        min_support: int = 3,
+        k: int = 16,
+        level: float = 0.05,
+        geometry: Geometry = "auto",
+        rule: Rule = "mutual",
+        max_iter: int = 2000,
+        tol: float = 1e-4,
+    ) -> None:
         self.min_support = min_support
         self.k = k
         self.level = level
+        self.geometry: Geometry = geometry
+        self.rule: Rule = rule
         self.max_iter = max_iter
+        self.tol = tol
 
     def needs(self) -> frozenset[str]:
-        """Paired activations; residuals are not used."""
-        return frozenset({"pairs"})
+        """Paired activations, and their residuals if they are asked for."""
+        return frozenset({"pairs", "residuals"} if self.geometry == "residuals" else {"pairs"})
 
-    def score(self, heldout: PairedActivations, *, n_null: int = 20, seed: int = 0) -> Alignment:
-        """Fill the held-out columns; the q-value becomes the larger of the fit's own and that of the shift null."""
-        own = self._fitted("score").matches["q_value"]
-        scored = super().score(heldout, n_null=n_null, seed=seed)
-        return dataclasses.replace(
-            scored, matches={**scored.matches, "q_value": np.maximum(own, scored.matches["q_value"])}
-        )
+    def takes(self) -> frozenset[str]:
+        """Residuals too, unless the space is to come from feature pairs."""
+        return frozenset({"pairs"} if self.geometry == "pairs" else {"pairs", "residuals"})
 
     def _fit(self, source: FeatureView, target: FeatureView, pairs: PairedActivations | None) -> Alignment:
         assert pairs is not None
+        if self.geometry not in ("auto", "residuals", "pairs"):
+            raise TransferError(f"Unknown geometry {self.geometry!r}.", "Use 'auto', 'residuals' or 'pairs'.")
         left, right, info = usable_features(pairs, self.min_support)
         src, tgt = (
             ids[np.linalg.norm(view.directions[ids], axis=1) > 0]
@@ -223,42 +294,52 @@ class FusedAligner(Aligner):
             raise TransferError("No testable feature of one side has a direction.", "Check the SAE's decoder.")
         info["zero_directions_source"] = len(left.ids) - len(src)
         info["zero_directions_target"] = len(right.ids) - len(tgt)
+        info["testable_source"], info["testable_target"] = len(src), len(tgt)
         codes = PairedCodes.of([(sp.csr_matrix(pairs.source[:, src]), sp.csr_matrix(pairs.target[:, tgt]))])
-        fused = fuse(source.directions[src], target.directions[tgt], codes, self.k, self.max_iter)
-        edges, judged = fused.edges, fused.judged
-        best = fused.best
-        matches = match_columns(src[edges.source[best]], tgt[edges.target[best]], judged.confidence[best])
-        matches["q_value"] = q_values(matches["score"])
-        kept = np.flatnonzero(q_values(judged.confidence) <= self.level)
-        mass = judged.confidence[kept].astype(np.float32)
-        at = (src[edges.source[kept]], tgt[edges.target[kept]])
-        coupling = sp.csr_matrix((mass, at), shape=(source.space.n_features, target.space.n_features))
-        info.update(_account(fused, len(src), len(tgt), kept))
+        x, y = source.directions[src], target.directions[tgt]
+        kept_residuals = pairs.source_residual is not None and pairs.target_residual is not None
+        if kept_residuals and self.geometry != "pairs":
+            assert pairs.source_residual is not None and pairs.target_residual is not None
+            fused = fuse_through_residuals(
+                x, y, codes, self.k, self.max_iter, pairs.source_residual, pairs.target_residual, pairs.docs
+            )
+        else:
+            fused = fuse_through_pairs(x, y, codes, self.k, self.max_iter)
+        edges, confidence = fused.edges, fused.judged.confidence
+        chosen = select_edges(
+            edges.source,
+            edges.target,
+            fused.judged,
+            fused.cosine,
+            (len(src), len(tgt)),
+            self.rule,
+            level=self.level,
+            max_iter=self.max_iter,
+            tol=self.tol,
+        )
+        at = chosen.chosen
+        matches = match_columns(src[edges.source[at]], tgt[edges.target[at]], confidence[at])
+        matches["q_value"] = matches["fit_q"] = q_values(matches["score"])
+        held = chosen.coupling.tocoo()
+        shape = (source.space.n_features, target.space.n_features)
         return self._alignment(
             source,
             target,
             matches,
-            coupling,
-            converged=fused.map.converged and fused.refits[-1] <= SETTLED and judged.converged,
-            n_iter=fused.map.rounds + len(fused.refits),
-            info=info,
+            sp.csr_matrix((held.data, (src[held.row], tgt[held.col])), shape=shape),
+            converged=fused.converged and chosen.converged,
+            n_iter=fused.n_iter + chosen.n_iter,
+            row_error=chosen.row_error,
+            col_error=chosen.col_error,
+            cost=chosen.cost,
+            info={
+                **info,
+                **fused.info,
+                **chosen.info,
+                "n_edges": len(edges.source),
+                "n_coupled": held.nnz,
+                "same_from_cosine": fused.judged.boundary,
+                "unmatched_source": len(src) - len(np.unique(held.row)),
+                "unmatched_target": len(tgt) - len(np.unique(held.col)),
+            },
         )
-
-
-def _account(fused: Fusion, n_src: int, n_tgt: int, kept: np.ndarray) -> dict[str, Any]:
-    """What a reader needs to trust the fit, for ``Alignment.info``."""
-    edges, judged, found = fused.edges, fused.judged, fused.map
-    return {
-        "map_rounds": found.rounds,
-        "map_pairs": len(found.pairs),
-        "map_refits": len(fused.refits),
-        "map_strength": found.forward.strength,
-        "map_strength_back": found.backward.strength,
-        "map_cycle_error": found.cycle_error,
-        "n_edges": len(edges.source),
-        "n_coupled": len(kept),
-        "same_from_cosine": judged.boundary,
-        "expected_wrong": float(np.sum(1 - judged.confidence[kept])),
-        "unmatched_source": n_src - len(np.unique(edges.source[kept])),
-        "unmatched_target": n_tgt - len(np.unique(edges.target[kept])),
-    }

@@ -193,6 +193,12 @@ class Renderer:
         lead = len(text[:at].encode())
         return Rendered(ids, content, np.where(ends >= 0, ends + lead, -1).astype(np.int32))
 
+    def _normalised(self, text: str) -> bytes:
+        """What the tokens of a text write together."""
+        if self.backend.normalizer is not None:
+            text = self.backend.normalizer.normalize_str(text)
+        return (text.replace("▁", " ") if self.bytes.style == "metaspace" else text).encode()
+
     def _ends(self, ids: list[int], offsets: np.ndarray, words: str, start: int, stop: int) -> np.ndarray:
         """Bytes of ``words[start:stop]`` consumed at the end of each token."""
         total = len(words[start:stop].encode())
@@ -204,9 +210,14 @@ class Renderer:
             before = len(words[first:start].encode()) if first < start else -len(words[start:first].encode())
             ends = np.cumsum(self.bytes.lengths[ids]) - extra - before
         else:
-            # A normaliser changed the text: only ends at character borders are known.
+            # A normaliser changed the text: an end is known where the text up to a character border, normalised, is
+            # what the tokens have written. Borders alone do not do: NFC may reorder combining marks across tokens.
             following = np.append(offsets[1:, 0], max(stop, last))
-            ends = np.full(len(ids), -1, dtype=np.int64)
+            ends, reached = np.full(len(ids), -1, dtype=np.int64), np.cumsum(self.bytes.lengths[ids])
+            at, done = first, 0
             for i in np.flatnonzero(following >= offsets[:, 1]):
-                ends[i] = len(words[start : min(int(following[i]), stop)].encode())
+                border = min(int(following[i]), max(stop, last))
+                if self._normalised(words[at:border]).lstrip(b" ") == written[done : reached[i]].lstrip(b" "):
+                    ends[i] = len(words[start : min(border, stop)].encode())
+                    at, done = border, int(reached[i])
         return np.where(ends < 0, -1, np.minimum(ends, total))

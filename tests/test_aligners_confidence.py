@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligners.activation import ActivationAligner
-from aligners.calibrate import score_matches
+from aligners.calibrate import score_matches, shuffled
 from aligners.confidence import Evidence, anchors, fisher, judge, q_values
-from aligners.fused import FusedAligner, mutual_best
+from aligners.fused import FusedAligner
 from aligners.metrics import agreement, brier_score, false_share, is_right, reliability
 from aligners.planted import planted_pair
+from aligners.selection import mutual_best
 from aligners.stress import STRESS, StressPair, stress_pair
 from transfer.core.errors import TransferError
 from transfer.core.objects import Alignment
@@ -214,11 +215,14 @@ def test_untestable_is_not_unmatched(case: StressPair) -> None:
 def test_score_keeps_the_stricter_q_value(case: StressPair) -> None:
     first, second = case.pairs.split(0.6, seed=1)
     aligner = FusedAligner().fit(case.source, case.target, pairs=first)
-    own, shift = aligner.alignment_.matches["q_value"], score_matches(aligner.alignment_, second)
+    fitted = aligner.alignment_
+    bare = {name: values for name, values in fitted.matches.items() if name != "fit_q"}
+    own, shift = fitted.matches["fit_q"], score_matches(dataclasses.replace(fitted, matches=bare), second)
     scored = aligner.score(second)
     expected = np.maximum(own, shift.matches["q_value"])
     assert np.array_equal(scored.matches["q_value"], expected, equal_nan=True)
-    assert np.any(own > shift.matches["q_value"])
+    assert np.any(own > shift.matches["q_value"]) and np.array_equal(scored.matches["fit_q"], own)
+    assert "fit_q" not in shuffled(fitted).matches
 
 
 def test_metrics_by_hand(case: StressPair, fitted: Alignment) -> None:

@@ -21,13 +21,17 @@ from transfer.core.objects import Alignment, FeatureView, PairedActivations
 
 ALIGNERS: list[Aligner] = [
     FusedAligner(),
-    FusedAligner(min_support=10, k=4),
+    FusedAligner(min_support=10, k=4, rule="one_to_one"),
+    FusedAligner(rule="transport"),
+    FusedAligner(rule="exact"),
+    FusedAligner(geometry="pairs"),
     ActivationAligner(),
     ActivationAligner(rule="one_to_one"),
     DecoderAligner(),
     DecoderAligner(via="unembedding"),
     DecoderAligner(via="same"),
     DecoderAligner(kind="procrustes", csls=False, rule="one_to_one"),
+    DecoderAligner(kind="cca"),
     SinkhornAligner(),
     SinkhornAligner(cost="activation", slack=None),
     SinkhornAligner(cost="map", reg=0.1),

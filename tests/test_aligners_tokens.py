@@ -11,7 +11,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligners.tokens import pair_rows, pair_stores
+from aligners import tokens as module
+from aligners.tokens import Pooling, pair_rows, pair_stores, pool_codes, pool_residuals, span_starts
 from transfer.core.errors import TransferError
 from transfer.core.files import save_arrays
 from transfer.core.objects import ActivationStore, FeatureSpace
@@ -73,6 +74,71 @@ def test_lengths_must_agree() -> None:
         pair_rows(np.zeros(2, int), np.zeros(3, int), np.zeros(1, int), np.zeros(1, int))
 
 
+cuts = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 12), min_size=1, max_size=8), st.lists(st.integers(1, 12), min_size=1, max_size=8)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def in_order(ends: list[list[int]], unknown: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Documents and ends as a store has them: reading order, repeats allowed, some ends unknown."""
+    docs = np.repeat(np.arange(len(ends)), [len(e) for e in ends])
+    flat = np.concatenate([np.sort(e) for e in ends])
+    return docs, np.where(unknown.uniform(size=len(flat)) < 0.15, -1, flat)
+
+
+def brute_pool(codes: np.ndarray, docs: np.ndarray, rows: np.ndarray, how: Pooling) -> np.ndarray:
+    """One span after the other, one token after the other."""
+    out = []
+    for n, row in enumerate(rows):
+        span = [int(row)]
+        while span[0] > 0 and docs[span[0] - 1] == docs[row] and (n == 0 or span[0] - 1 > rows[n - 1]):
+            span.insert(0, span[0] - 1)
+        total, largest = np.zeros(codes.shape[1], codes.dtype), np.full(codes.shape[1], -np.inf, codes.dtype)
+        for token in span:
+            total, largest = total + codes[token], np.maximum(largest, codes[token])
+        mean = total / codes.dtype.type(len(span))
+        out.append({"last": codes[row], "sum": total, "mean": mean, "max": largest}[how])
+    return np.array(out, dtype=codes.dtype).reshape(len(rows), codes.shape[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(cuts, st.sampled_from(["last", "max", "mean", "sum"]), st.integers(0, 99), st.sampled_from([1, 9, 10**6]))
+def test_pooling_is_brute_force(
+    documents: list[tuple[list[int], list[int]]], how: Pooling, seed: int, block: int
+) -> None:
+    """Bit for bit, whatever the blocks, negative codes and spans of many tokens included."""
+    rng = np.random.default_rng(seed)
+    sides = [in_order([d[side] for d in documents], rng) for side in (0, 1)]
+    both = pair_rows(*sides[0], *sides[1])
+    for (docs, _), rows in zip(sides, both, strict=True):
+        dense = np.where(rng.uniform(size=(len(docs), 5)) < 0.5, rng.normal(size=(len(docs), 5)), 0).astype(np.float32)
+        residual = rng.normal(size=(len(docs), 3)).astype(np.float32)
+        starts = span_starts(docs, rows)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "BLOCK_VALUES", block)
+            pooled = pool_codes(sp.csr_matrix(dense), starts, rows, how)
+            points = pool_residuals(residual, starts, rows, how)
+        assert sp.issparse(pooled) and pooled.shape == (len(rows), 5) and not np.any(pooled.data == 0)
+        assert np.array_equal(pooled.toarray(), brute_pool(dense, docs, rows, how))
+        assert np.allclose(points, brute_pool(residual, docs, rows, "last" if how == "last" else "mean"), atol=1e-6)
+
+
+def test_spans_hold_each_token_once() -> None:
+    docs = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    rows = np.array([1, 3, 5, 8])
+    assert span_starts(docs, rows).tolist() == [0, 2, 4, 7]
+    assert span_starts(docs, rows[:0]).tolist() == []
+    for bad in ((docs[::-1], rows), (docs, rows[::-1])):
+        with pytest.raises(TransferError, match="reading order"):
+            span_starts(*bad)
+    with pytest.raises(TransferError, match="Unknown way"):
+        pool_codes(sp.csr_matrix((9, 2)), rows, rows, "median")  # type: ignore[arg-type]
+
+
 def write_store(path: Path, name: str, ends: list[list[int]], residual: bool = True) -> ActivationStore:
     """A store with one active feature a token: its row number."""
     flat = np.array(sum(ends, []), dtype=np.int32)
@@ -106,6 +172,27 @@ def test_pair_stores(tmp_path: Path) -> None:
     assert pairs.target_residual[:, 0].tolist() == [0, 2, 4]
     assert sp.issparse(pairs.source)
     assert pair_stores(a, b, residuals=False).source_residual is None
+
+
+def test_pair_stores_pools(tmp_path: Path) -> None:
+    """Feature = row number, value = row number + 1 (mod 8): the last tokens of document 0 are behind all boundaries."""
+    a = write_store(tmp_path / "a", "a", [[2, 5, 9, 11], [1, 2, 4]])
+    b = write_store(tmp_path / "b", "b", [[5, 7, 9], [3, 4]])
+    expected = {
+        "last": ([2, 3, 7], [1, 3, 5], [1, 2, 6], [0, 2, 4]),
+        "sum": ([3, 3, 18], [1, 5, 9], [0.5, 2, 5], [0, 1.5, 3.5]),
+        "mean": ([1.5, 3, 6], [1, 2.5, 4.5], [0.5, 2, 5], [0, 1.5, 3.5]),
+        "max": ([3, 3, 18], [1, 5, 9], [0.5, 2, 5], [0, 1.5, 3.5]),
+    }
+    for how, (left, right, left_point, right_point) in expected.items():
+        pairs = pair_stores(a, b, pool=how)  # type: ignore[arg-type]
+        assert pairs.docs.tolist() == [0, 0, 1]
+        assert np.allclose(pairs.source.sum(axis=1).ravel(), left), how
+        assert np.allclose(pairs.target.sum(axis=1).ravel(), right), how
+        assert pairs.source_residual is not None and pairs.target_residual is not None
+        assert np.allclose(pairs.source_residual[:, 0], left_point), how
+        assert np.allclose(pairs.target_residual[:, 0], right_point), how
+    assert pair_stores(a, b, residuals=False, pool="max").target_residual is None
 
 
 def test_pair_stores_refuses(tmp_path: Path) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from transfer.align_cli import align
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
+from transfer.options import Json, Quiet, TextColumn, command_line
 
 QUICK_START = """\
 Does another model have this feature, and can it write the data that yours lacks?
 
+\b
 Quick start:  transfer run demo        three tiny models, all stages, one report
               transfer harvest demo --data my.jsonl --text-column prompt
+              transfer align fit zoo:llama zoo:qwen --out llama-qwen
               transfer ls              what exists, and its state
 
 Verbs follow the pipeline: harvest, align, cover, synth, tune, eval, report; `run` is all of them."""
@@ -25,22 +28,12 @@ Verbs follow the pipeline: harvest, align, cover, synth, tune, eval, report; `ru
 app = typer.Typer(help=QUICK_START, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 zoo = typer.Typer(help="The three tiny trained models and their cards.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(zoo, name="zoo")
+app.add_typer(align, name="align")
 
 Config = Annotated[str, typer.Argument(help="Experiment YAML, or a preset name.")]
 Settings = Annotated[list[str], typer.Option("--set", help="Override a key, such as align.reg=0.02; repeatable.")]
 Data = Annotated[str | None, typer.Option("--data", help="JSONL, CSV or parquet path, or hub:<dataset id>@<rev>.")]
-TextColumn = Annotated[str | None, typer.Option(help="Column that holds the text.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column that holds the label.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No status lines.")]
-
-
-def _command() -> list[str]:
-    """The command line as it can be typed again."""
-    program = Path(sys.argv[0])
-    started = ["python", "-m", "transfer"] if program.name == "__main__.py" else [program.name]
-    folder = os.environ.get("TRANSFER_RUNS")
-    return [*([f"TRANSFER_RUNS={folder}"] if folder else []), *started, *sys.argv[1:]]
 
 
 def _through(
@@ -64,7 +57,7 @@ def _through(
     experiment = load_experiment(config, overrides)
     from transfer.pipeline import Pipeline
 
-    result = Pipeline(experiment, runs_folder(), command=_command()).run(stage)
+    result = Pipeline(experiment, runs_folder(), command=command_line()).run(stage)
     show(result if as_json else _lines(result))
 
 
@@ -106,7 +99,7 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _verb(stage: str, text: str) -> None:
+def _verb(stage: str, text: str, group: typer.Typer = app, name: str = "") -> None:
     def verb(
         config: Config = "demo",
         settings: Settings = [],  # noqa: B006 - typer reads the default, nothing changes it
@@ -118,12 +111,12 @@ def _verb(stage: str, text: str) -> None:
     ) -> None:
         _through(stage, config, settings, data, text_column, label_column, as_json, quiet)
 
-    app.command(stage, help=text)(verb)
+    group.command(name or stage, help=text)(verb)
 
 
 _verb("run", "Every stage, ending with the report; the same command continues an interrupted run.")
 _verb("harvest", "Store the sparse SAE activations of the texts, per model.")
-_verb("align", "Match features between all pairs of models.")
+_verb("align", "Match features between all pairs of an experiment's models.", align, "run")
 _verb("cover", "Feature Activation Coverage of the seed data, and the features it lacks.")
 _verb("synth", "Write texts for the missing features, scored by the SAE.")
 _verb("tune", "Fine-tune every target on every arm.")

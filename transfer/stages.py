@@ -26,6 +26,7 @@ from transfer.core.texts import Corpus
 from transfer.corpus import load_corpus
 from transfer.coverage import DeltaRule, coverage, fires, missing_hit_rate, thresholds
 from transfer.explain import judge_relevance, top_spans
+from transfer.methods import make_aligner, parameters
 from transfer.synthesis import score_targets, steering_vectors, synthesise
 
 SPLITS = ("anchor", "seed", "evaluation")
@@ -153,16 +154,17 @@ def align(
     experiment: Experiment,
 ) -> None:
     """Fit every method on one part of the documents, and score its frozen matches on the other."""
-    from aligners.activation import ActivationAligner
     from aligners.assignment import counterparts
     from aligners.calibrate import score_matches
-    from aligners.decoder import DecoderAligner
-    from aligners.sinkhorn import SinkhornAligner
     from aligners.tokens import pair_stores
 
     settings = experiment.align
-    needs_residual = settings.use in ("map", "sinkhorn") or {"map", "sinkhorn"} & set(settings.methods)
-    pairs = pair_stores(*stores, residuals=bool(needs_residual))
+    known = {"min_support": settings.min_support, "reg": settings.reg, "max_iter": settings.max_iter}
+    aligners = {
+        method: make_aligner(method, [f"{k}={v}" for k, v in known.items() if k in parameters(method)], experiment.seed)
+        for method in settings.methods
+    }
+    pairs = pair_stores(*stores, residuals=any("residuals" in a.takes() for a in aligners.values()))
     fit, heldout = pairs.split(settings.fit_fraction, seed=experiment.seed)
     source, target = views(adapters)
 
@@ -178,15 +180,7 @@ def align(
         # Seconds differ from run to run; results must not.
         dataclasses.replace(scored, method=name, info=info, seconds=0.0).save(out / name)
 
-    for method in settings.methods:
-        if method == "activation":
-            aligner: Any = ActivationAligner(min_support=settings.min_support)
-        elif method == "sinkhorn":
-            aligner = SinkhornAligner(
-                cost="fused", reg=settings.reg, max_iter=settings.max_iter, min_support=settings.min_support
-            )
-        else:
-            aligner = DecoderAligner(via=method)
+    for method, aligner in aligners.items():
         aligner.fit(source, target, pairs=fit)
         score(aligner.alignment_, method)
         if method == settings.use:

@@ -58,17 +58,19 @@ class HarvestSection(Section):
     token_budget: int = Field(8192, ge=64, description="Padded tokens a forward pass holds at most.")
 
 
-AlignMethod = Literal["activation", "map", "unembedding", "sinkhorn"]
+AlignMethod = Literal["fused", "activation", "map", "unembedding", "sinkhorn", "relative", "gromov", "crosscoder"]
 
 
 class AlignSection(Section):
     """How features are matched."""
 
-    methods: tuple[AlignMethod, ...] = Field(("activation", "map", "unembedding", "sinkhorn"), min_length=1)
+    methods: tuple[AlignMethod, ...] = Field(
+        ("fused", "activation", "map", "unembedding", "sinkhorn"), min_length=1
+    )
     use: AlignMethod = Field("sinkhorn", description="The method whose matches carry features from model to model.")
     min_support: int = Field(10, ge=2, description="Tokens a feature must fire on to be testable.")
     fit_fraction: float = Field(0.6, gt=0, lt=1, description="Documents to fit on; the rest is held out.")
-    q_value: float = Field(0.1, gt=0, le=1, description="Matches above this q-value (shift null) are not used.")
+    q_value: float = Field(0.1, gt=0, le=1, description="Matches above this q-value are not used.")
     n_null: int = Field(20, ge=1, description="Draws of the shuffled-corpus null.")
     reg: float = Field(0.05, gt=0, description="Entropic regularisation of the transport.")
     max_iter: int = Field(2000, ge=1)

@@ -17,9 +17,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from transfer.core.errors import TransferError
-from transfer.core.files import load_arrays, read_json, save_arrays, write_json
+from transfer.core.files import file_hash, load_arrays, read_json, save_arrays, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of everything written here; part of every content key."""
 
 
@@ -27,6 +27,11 @@ def digest(value: Any, length: int = 16) -> str:
     """Short sha256 of a JSON-able value, or of the bytes given."""
     data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, default=str).encode()
     return hashlib.sha256(data).hexdigest()[:length]
+
+
+def text_key(text: str) -> int:
+    """First eight bytes of a text's sha256, as an integer: it tells whether a text was seen, without keeping it."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
 
 
 @dataclass(frozen=True)
@@ -302,6 +307,8 @@ class PairedActivations:
 
 
 MATCH_COLUMNS = ("source", "target", "score", "heldout_corr", "p_value", "q_value")
+ALIGNMENT_SCHEMA = 2
+"""Version of a saved alignment; 1, without a hash of its arrays and without provenance, is still read."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +321,11 @@ class Alignment:
     coupling: sp.csr_matrix
     """Mass between features, CSR [d_src, d_tgt]; non-negative."""
     matches: dict[str, np.ndarray]
-    """Columns of ``MATCH_COLUMNS``, one row a match; source and target int64, the rest float64 (NaN = not scored)."""
+    """Columns of ``MATCH_COLUMNS``, one row a match; source and target int64, the rest float64 (NaN = not scored).
+
+    More columns of the same length may follow; ``fit_q`` is the q-value that the fit itself gave, before any held-out
+    score.
+    """
     converged: bool
     n_iter: int = 0
     row_error: float = 0.0
@@ -328,6 +339,10 @@ class Alignment:
     params: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     """Diagnostics such as held-out R² of the residual map, untestable features."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What it was fitted and scored on: corpora, documents, versions."""
+    fit_texts: np.ndarray | None = None
+    """``text_key`` of every text fitted on, uint64, sorted; None where the texts are unknown."""
 
     def __post_init__(self) -> None:
         if self.coupling.shape != (self.source.n_features, self.target.n_features):
@@ -373,7 +388,7 @@ class Alignment:
             source=self.target,
             target=self.source,
             coupling=sp.csr_matrix(self.coupling.T),
-            matches={c: self.matches[swap.get(c, c)] for c in MATCH_COLUMNS},
+            matches={c: self.matches[swap.get(c, c)] for c in self.matches},
             row_error=self.col_error,
             col_error=self.row_error,
             info={_mirrored(k): v for k, v in self.info.items()},
@@ -409,52 +424,86 @@ class Alignment:
         }
 
     def save(self, path: Path) -> None:
-        """Write ``path/alignment.safetensors`` and ``path/alignment.json`` (the second one last)."""
+        """Write ``path/alignment-<hash>.safetensors``, then ``path/alignment.json``, which names it.
+
+        An alignment that was there before stays whole until the second file replaces its own; then its arrays go.
+        """
+        path = Path(path)
         coupling = sp.csr_matrix(self.coupling)
         arrays = {
             "indptr": coupling.indptr.astype(np.int64),
             "indices": coupling.indices.astype(np.int32),
             "values": coupling.data.astype(np.float32),
-            **{f"match_{c}": np.asarray(self.matches[c]) for c in MATCH_COLUMNS},
+            **{f"match_{c}": np.asarray(values) for c, values in self.matches.items()},
         }
+        if self.fit_texts is not None:
+            arrays["fit_texts"] = np.asarray(self.fit_texts, dtype=np.uint64)
         if self.null_corr is not None:
             arrays["null_corr"] = np.asarray(self.null_corr, dtype=np.float64)
-        save_arrays(Path(path) / "alignment.safetensors", arrays)
+        fresh = path / ".alignment.safetensors"
+        save_arrays(fresh, arrays)
+        named = path / f"alignment-{file_hash(fresh)}.safetensors"
+        fresh.replace(named)
         plain = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in ("source", "target", "coupling", "matches", "null_corr")
+            if f.name not in ("source", "target", "coupling", "matches", "null_corr", "fit_texts")
         }
         write_json(
-            Path(path) / "alignment.json",
+            path / "alignment.json",
             {
-                "schema": SCHEMA,
+                "schema": ALIGNMENT_SCHEMA,
+                "arrays": named.name,
                 "source": dataclasses.asdict(self.source),
                 "target": dataclasses.asdict(self.target),
                 **plain,
             },
         )
+        for old in (path / "alignment.safetensors", *path.glob(f"alignment-{'?' * 16}.safetensors")):
+            if old != named:
+                old.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what ``save`` wrote."""
-        if not (Path(path) / "alignment.json").is_file():
+        """Read what ``save`` wrote.
+
+        Raises:
+            TransferError: When it is missing, damaged, or written by a newer version.
+        """
+        path = Path(path)
+        if not (path / "alignment.json").is_file():
             raise TransferError(f"No finished alignment in {path}.", "Run `transfer align` first.")
-        meta = read_json(Path(path) / "alignment.json")
-        arrays = load_arrays(Path(path) / "alignment.safetensors")
-        meta.pop("schema")
-        source, target = FeatureSpace(**meta.pop("source")), FeatureSpace(**meta.pop("target"))
-        # JSON has no NaN.
-        numbers = ("cost", "duality_gap", "row_error", "col_error")
-        fields: dict[str, Any] = {k: float("nan") if v is None and k in numbers else v for k, v in meta.items()}
-        return cls(
-            source=source,
-            target=target,
-            coupling=_csr(arrays, (source.n_features, target.n_features)),
-            matches={c: arrays[f"match_{c}"] for c in MATCH_COLUMNS},
-            null_corr=arrays.get("null_corr"),
-            **fields,
-        )
+        meta = read_json(path / "alignment.json")
+        schema = meta.pop("schema", None) if isinstance(meta, dict) else None
+        if not isinstance(schema, int):
+            raise TransferError(f"{path / 'alignment.json'} states no schema, so it is no alignment or damaged.")
+        if schema > ALIGNMENT_SCHEMA:
+            raise TransferError(
+                f"The alignment in {path} has schema {schema}, this version reads up to {ALIGNMENT_SCHEMA}.",
+                "Update the suite.",
+            )
+        file = path / Path(str(meta.pop("arrays", "alignment.safetensors"))).name
+        arrays = load_arrays(file)
+        if schema > 1 and file.stem != f"alignment-{file_hash(file)}":
+            raise TransferError(f"{file} is damaged: its content is not what its name says.", "Fit it again.")
+        more = sorted(k.removeprefix("match_") for k in arrays if k.startswith("match_"))
+        columns = (*MATCH_COLUMNS, *(c for c in more if c not in MATCH_COLUMNS))
+        try:
+            source, target = FeatureSpace(**meta.pop("source")), FeatureSpace(**meta.pop("target"))
+            # JSON has no NaN.
+            numbers = ("cost", "duality_gap", "row_error", "col_error")
+            fields: dict[str, Any] = {k: float("nan") if v is None and k in numbers else v for k, v in meta.items()}
+            return cls(
+                source=source,
+                target=target,
+                coupling=_csr(arrays, (source.n_features, target.n_features)),
+                matches={c: arrays[f"match_{c}"] for c in columns},
+                null_corr=arrays.get("null_corr"),
+                fit_texts=arrays.get("fit_texts"),
+                **fields,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise TransferError(f"The alignment in {path} is damaged ({error}).", "Fit it again.") from None
 
 
 def _mirrored(name: str) -> str:

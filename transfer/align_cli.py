@@ -1,0 +1,216 @@
+"""``transfer align``: the pipeline's stage (``run``), and alignments as artefacts: fit, score, show, export."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from transfer.core.console import say, set_quiet, show
+from transfer.core.errors import TransferError
+from transfer.options import Json, Quiet, TextColumn
+
+HELP = """\
+Match features between models.
+
+\b
+  transfer align demo                            all pairs of an experiment (short for: align run demo)
+  transfer align fit zoo:llama zoo:qwen --out a  one pair: fit, score on held-out documents, save
+  transfer align score a --corpus new.jsonl      the same matches on other texts
+  transfer align show a
+  transfer align export a --out a.graphml"""
+
+
+class _RunByDefault(TyperGroup):
+    """What is no verb of ``align`` is an experiment: ``align demo`` means ``align run demo``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            misspelt = difflib.get_close_matches(args[0], self.commands, 1) and not Path(args[0]).exists()
+            args = args if misspelt else ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+align = typer.Typer(cls=_RunByDefault, help=HELP, no_args_is_help=True, rich_markup_mode=None)
+
+METHODS_HELP = (
+    "fused, activation, map, unembedding, same, sinkhorn, relative, gromov, crosscoder, or random (the control)."
+)
+Artefact = Annotated[Path, typer.Argument(help="Folder that `transfer align fit` wrote.")]
+CorpusRef = Annotated[
+    str | None, typer.Option("--corpus", help="Texts: JSONL, CSV, parquet, hub:<dataset>@<rev>, or bundled.")
+]
+Splits = Annotated[list[str], typer.Option("--split", help="Only this split of the texts; repeatable.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the split into documents to fit and to score on, and of the null.")]
+Draws = Annotated[int, typer.Option("--n-null", min=1, help="Draws of the shuffled-corpus null.")]
+SourceSae = Annotated[str | None, typer.Option(help="SAE of the source; default: <source>/sae, or the store's own.")]
+TargetSae = Annotated[str | None, typer.Option(help="SAE of the target; default: <target>/sae, or the store's own.")]
+Level = Annotated[float, typer.Option("--q-max", min=0, max=1, help="A match counts up to this q-value.")]
+Top = Annotated[int, typer.Option(min=0, help="Best matches to list.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def _answer(alignment: Any, out: Path, as_json: bool, q_max: float, top: int) -> None:
+    from transfer.core.files import plain
+    from transfer.describe import describe, text
+
+    found = {"artefact": str(out), **describe(alignment, q_max=q_max, top=top)}
+    show(plain(found) if as_json else text(found))
+
+
+@align.command()
+def fit(
+    source: Annotated[str, typer.Argument(help="Folder of an activation store, or zoo:…, path:…, hub:… model.")],
+    target: Annotated[str, typer.Argument(help="The same for the other side.")],
+    out: Annotated[Path, typer.Option(help="Folder of the artefact.")],
+    method: Annotated[str, typer.Option(help=METHODS_HELP)] = "fused",
+    settings: Annotated[
+        list[str], typer.Option("--set", help="Parameter of the method, such as min_support=5; repeatable.")
+    ] = [],  # noqa: B006 - typer reads the default, nothing changes it
+    corpus: CorpusRef = None,
+    split: Splits = [],  # noqa: B006
+    text_column: TextColumn = None,
+    source_sae: SourceSae = None,
+    target_sae: TargetSae = None,
+    source_layer: Annotated[int | None, typer.Option(help="Layer of the source, where its SAE does not say.")] = None,
+    target_layer: Annotated[int | None, typer.Option(help="Layer of the target, where its SAE does not say.")] = None,
+    fraction: Annotated[float, typer.Option("--fit-fraction", help="Share of the documents to fit on.")] = 0.6,
+    n_null: Draws = 20,
+    seed: Seed = 0,
+    q_max: Level = 0.05,
+    top: Top = 10,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit one pair on a share of the documents, score the matches on the rest, and save both.
+
+    Models are harvested first, on --corpus (default: the bundled requests); stores are used as they are. The same
+    command again shows the finished artefact.
+    """
+    set_quiet(quiet or as_json)
+    from transfer import artefact
+    from transfer.core.config import runs_folder
+    from transfer.core.files import plain
+    from transfer.methods import make_aligner
+    from transfer.sides import SideRef, open_stores, open_views, read_corpus
+
+    aligner = make_aligner(method, settings, seed)
+    how = artefact.Settings(fraction, n_null, seed)
+    refs = (SideRef("source", source, source_sae, source_layer), SideRef("target", target, target_sae, target_layer))
+    artefact.writable(out)
+    if corpus is None and any(r.is_model for r in refs):
+        corpus = "bundled"
+    texts = read_corpus(corpus, text_column=text_column, splits=split)
+    request = plain(
+        {
+            "source": [source, source_sae, source_layer],
+            "target": [target, target_sae, target_layer],
+            "corpus": texts.hash if texts else None,
+            "method": method,
+            "params": aligner.get_params(),
+            "fraction": fraction,
+            "n_null": n_null,
+            "seed": seed,
+        }
+    )
+    before = None if force else artefact.existing(out, request)
+    needs = aligner.needs()
+    stores = open_stores(refs, texts, runs_folder(), residual="residuals" in aligner.takes())
+    if before is not None and not artefact.same_inputs(before, stores):
+        raise TransferError(
+            f"{out} holds an alignment of other activations.", "Pass --force to replace it, or name another folder."
+        )
+    if before is not None:
+        say(f"fit {method}  reused {out}")
+    else:
+        saes = (source_sae, target_sae)
+        views = open_views((stores[0].space, stores[1].space), saes, unembedding="unembedding" in needs)
+        before = artefact.fit(aligner, views, stores, how, corpus=texts, request=request)
+        before.save(out)
+    _answer(before, out, as_json, q_max, top)
+
+
+@align.command()
+def score(
+    folder: Artefact,
+    stores: Annotated[
+        list[str] | None, typer.Argument(help="Source and target store of other texts, in place of --corpus.")
+    ] = None,
+    corpus: CorpusRef = None,
+    split: Splits = [],  # noqa: B006
+    text_column: TextColumn = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of a scored copy; default: the artefact itself.")] = None,
+    source_sae: SourceSae = None,
+    target_sae: TargetSae = None,
+    n_null: Draws = 20,
+    seed: Seed = 0,
+    q_max: Level = 0.05,
+    top: Top = 10,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score the frozen matches on documents that the fit has not seen, such as another domain.
+
+    The matches do not change; their held-out correlation, p and q do. Documents seen by the fit are left out.
+    """
+    set_quiet(quiet or as_json)
+    from transfer import artefact
+    from transfer.core.config import runs_folder
+    from transfer.core.objects import Alignment
+    from transfer.sides import SideRef, open_stores, read_corpus
+
+    alignment = Alignment.load(folder)
+    place = out or folder
+    if out is not None and out.resolve() != folder.resolve() and (out / "alignment.json").exists() and not force:
+        raise TransferError(f"{out} already holds an artefact.", "Pass --force to replace it.")
+    artefact.writable(place)
+    if stores and len(stores) != 2:
+        raise TransferError(f"{len(stores)} stores are named; scoring needs a source and a target.")
+    if not stores and corpus is None:
+        raise TransferError("There are no documents to score on.", "Name texts with --corpus, or two stores.")
+    texts = read_corpus(corpus, text_column=text_column, splits=split)
+    source, target = stores or (alignment.source.model, alignment.target.model)
+    spaces = (alignment.source, alignment.target)
+    refs = (
+        SideRef("source", source, source_sae or spaces[0].sae, spaces[0].layer),
+        SideRef("target", target, target_sae or spaces[1].sae, spaces[1].layer),
+    )
+    opened = open_stores(refs, texts, runs_folder(), residual=False)
+    scored = artefact.score(alignment, opened, artefact.Settings(n_null=n_null, seed=seed), corpus=texts)
+    scored.save(place)
+    _answer(scored, place, as_json, q_max, top)
+
+
+@align.command("show")
+def show_artefact(folder: Artefact, q_max: Level = 0.05, top: Top = 10, as_json: Json = False) -> None:
+    """Spaces, matches at a q-value, held-out correlation against the null, convergence, what was untestable."""
+    from transfer.core.objects import Alignment
+
+    _answer(Alignment.load(folder), folder, as_json, q_max, top)
+
+
+@align.command()
+def export(
+    folder: Artefact,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    format: Annotated[str | None, typer.Option(help="csv, parquet or graphml; default: the file's suffix.")] = None,  # noqa: A002
+    q_max: Annotated[
+        float | None, typer.Option("--q-max", help="Only matches up to this q-value, and their splits.")
+    ] = None,
+    least_mass: Annotated[float, typer.Option(help="Coupling from which an edge counts as a split.")] = 0.1,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write matches and splits as CSV, parquet or GraphML, with the space ids in every row."""
+    set_quiet(quiet or as_json)
+    from transfer.core.objects import Alignment
+    from transfer.export import export as write
+
+    found = write(Alignment.load(folder), out, format=format, q_max=q_max, least_mass=least_mass, force=force)
+    show(found if as_json else "{file}: {matches} matches, {splits} splits".format(**found))
