@@ -21,6 +21,7 @@ from aligners.coactivation import (
     refuse_unknown,
 )
 from aligners.shortlist import GROUP, Leaders, as_ordered, offer_columns, offer_rows
+from aligners.sparse_partners import few_events, flipped, meeting_partners
 from transfer.core.errors import TransferError
 
 SPARE = 8
@@ -50,7 +51,8 @@ def top_partners(
     """The ``k`` best partners of every source and of every target feature, both from one pass over the codes.
 
     Only positive scores count. Sums and scores are float64; which partners are listed is decided in float32, with
-    some to spare, and their order in float64. Features below ``min_support`` neither get nor are partners.
+    some to spare, and their order in float64. Features below ``min_support`` neither get nor are partners. Where few
+    pairs ever meet, only those are gone through (``aligners.sparse_partners``), with the same result.
 
     Memory: what ``joint_blocks`` takes, and ``120·(k + 8)`` bytes for each target feature.
 
@@ -63,6 +65,9 @@ def top_partners(
         raise TransferError(f"Top partners need k ≥ 1, got {k}.")
     refuse_unknown(measure)
     n_src, n_tgt = len(codes.source.mean), len(codes.target.mean)
+    if few_events(codes):
+        rows = Partners(*meeting_partners(codes, k, measure, min_support))
+        return rows, Partners(*meeting_partners(flipped(codes), k, measure, min_support))
     block = block_features(n_tgt, n_src, sums_bytes)
     width = -(-n_tgt // GROUP) * GROUP
     strip = torch.full((1, block, width), -torch.inf)

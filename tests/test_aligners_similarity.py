@@ -26,7 +26,8 @@ from aligners.correlation import (
     pair_correlations,
     top_correlations,
 )
-from aligners.partners import shift_null, top_partners
+from aligners.partners import Partners, shift_null, top_partners
+from aligners.sparse_partners import few_events, flipped, meeting_partners
 from aligners.topk import BYTES_PER_PAIR, inner_blocks, neighbour_means, topk_blocks, topk_cosine, unit_rows
 from transfer.core.errors import TransferError
 from transfer.core.objects import PairedActivations
@@ -252,8 +253,12 @@ def test_top_partners_are_dense_numpy(
     full[codes.source.support < min_support] = -1
     full[:, codes.target.support < min_support] = -1
     products, n11 = (a.T @ b).toarray(), joint_events(a, b)
-    for sums in (1, 2**20):
-        for got, flip in zip(top_partners(codes, k, measure, min_support, sums), (False, True), strict=True):
+    meeting = [Partners(*meeting_partners(c, k, measure, min_support)) for c in (codes, flipped(codes))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aligners.partners.few_events", lambda codes: False)
+        found = [top_partners(codes, k, measure, min_support, sums) for sums in (1, 2**20)]
+    for lists in (*found, meeting):
+        for got, flip in zip(lists, (False, True), strict=True):
             want = full.T if flip else full
             scores = -np.sort(-want, axis=1)[:, :k]
             width = scores.shape[1]
@@ -266,6 +271,19 @@ def test_top_partners_are_dense_numpy(
             assert np.array_equal(got.n11[there], n11[src, tgt])
             assert np.allclose(got.products[there], products[src, tgt], rtol=1e-12)
             assert np.all(got.n11[~there] == 0) and np.all(np.isneginf(got.scores[~there]))
+
+
+def test_few_meetings_take_the_short_way_unless_values_are_negative() -> None:
+    rng = np.random.default_rng(1)
+    a, b = sparse_codes(rng, 60, 300, 0.005), sparse_codes(rng, 60, 280, 0.005)
+    codes = PairedCodes.of(chunks(a, b, 2))
+    assert few_events(codes) and not few_events(PairedCodes.of([(-a, b)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aligners.partners.few_events", lambda codes: False)
+        want = top_partners(codes, 4, "pearson")
+    for one, other in zip(top_partners(codes, 4, "pearson"), want, strict=True):
+        assert np.array_equal(one.ids, other.ids) and np.array_equal(one.n11, other.n11)
+        assert np.allclose(one.scores, other.scores) and np.allclose(one.products, other.products)
 
 
 def test_sparse_and_dense_paths_are_chosen_by_density_and_agree() -> None:

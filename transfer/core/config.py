@@ -64,9 +64,7 @@ AlignMethod = Literal["fused", "activation", "map", "unembedding", "sinkhorn", "
 class AlignSection(Section):
     """How features are matched."""
 
-    methods: tuple[AlignMethod, ...] = Field(
-        ("fused", "activation", "map", "unembedding", "sinkhorn"), min_length=1
-    )
+    methods: tuple[AlignMethod, ...] = Field(("fused", "activation", "map", "unembedding", "sinkhorn"), min_length=1)
     use: AlignMethod = Field("sinkhorn", description="The method whose matches carry features from model to model.")
     min_support: int = Field(10, ge=2, description="Tokens a feature must fire on to be testable.")
     fit_fraction: float = Field(0.6, gt=0, lt=1, description="Documents to fit on; the rest is held out.")

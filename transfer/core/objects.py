@@ -110,7 +110,9 @@ class ActivationStore:
             raise TransferError(f"No finished activation store in {path}.", "Run `transfer harvest` first.")
         meta = read_json(meta_path)
         if meta["schema"] != SCHEMA:
-            raise TransferError(f"The store in {path} has schema {meta['schema']}, this version reads {SCHEMA}.")
+            raise TransferError(
+                f"The store in {path} has schema {meta['schema']}, this version reads {SCHEMA}.", "Harvest again."
+            )
         return cls(
             path=Path(path),
             space=FeatureSpace(**meta["space"]),
