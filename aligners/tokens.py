@@ -50,15 +50,20 @@ def pair_rows(
     stride = int(max(np.max(ends_a), np.max(ends_b), 0)) + 1
     keys_a, rows_a = _last_of_each(docs_a, ends_a, stride)
     keys_b, rows_b = _last_of_each(docs_b, ends_b, stride)
-    _, at_a, at_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)
-    return rows_a[at_a], rows_b[at_b]
+    at = np.minimum(np.searchsorted(keys_b, keys_a), len(keys_b) - 1)
+    found = np.flatnonzero(keys_b[at] == keys_a) if len(keys_b) else np.empty(0, dtype=np.int64)
+    return rows_a[found], rows_b[at[found]]
 
 
 def _last_of_each(docs: np.ndarray, ends: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Distinct (document, end) keys, ascending, with the last row that has each."""
-    rows = np.flatnonzero(ends >= 0)[::-1]
-    keys, first = np.unique(docs[rows].astype(np.int64) * stride + ends[rows], return_index=True)
-    return keys, rows[first]
+    rows = np.flatnonzero(ends >= 0)
+    keys = docs[rows].astype(np.int64) * stride + ends[rows]
+    if np.any(np.diff(keys) < 0):  # a store is in order already
+        order = np.argsort(keys, kind="stable")
+        rows, keys = rows[order], keys[order]
+    last = np.flatnonzero(np.diff(keys, append=-1))
+    return keys[last], rows[last]
 
 
 def span_starts(docs: Int[np.ndarray, " tokens"], rows: Int[np.ndarray, " pairs"]) -> Int[np.ndarray, " pairs"]:

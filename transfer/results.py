@@ -183,8 +183,8 @@ def limits(experiment: Experiment) -> list[str]:
     found = [
         "Intervals of the transfer table are over fine-tuning seeds, with one training set an arm and one evaluation "
         "split; the boot columns of the comparisons also resample evaluation texts.",
-        "A q-value guards against chance under a shuffled corpus. It does not tell a feature from another that fires "
-        "on much the same texts (a parent and its child).",
+        "A q-value guards against chance under a shuffled corpus. Only that of the method fused is also meant to tell "
+        "a feature from another that fires on much the same texts (a parent and its child).",
         "Relevance and labels of features come from the labelled anchor by a statistical judge, not from reading them, "
         f"at a false-discovery rate of {experiment.cover.fdr:g}.",
         "Writers see anchor texts and may start a text with a few words of one, so every written arm profits from the "
