@@ -67,7 +67,7 @@ def entropic_plan(
     if max(cost.shape) > DENSE_LIMIT:
         raise TransferError(
             f"Dense transport takes at most {DENSE_LIMIT} features a side, got {cost.shape[0]} × {cost.shape[1]}.",
-            "Raise min_support so that fewer features are testable, or pass fewer features.",
+            "Use the method fused with rule=transport, which keeps to candidate edges, or raise min_support.",
         )
     if not reg > 0 or max_iter < 1 or not tol > 0 or (slack is not None and not slack > 0):
         raise TransferError(
@@ -257,7 +257,7 @@ def _dense(n: int, m: int) -> None:
     if max(n, m) > DENSE_LIMIT:
         raise TransferError(
             f"Dense transport takes at most {DENSE_LIMIT} testable features a side, got {n} × {m}.",
-            "Raise min_support so that fewer features are testable, or pass fewer features.",
+            "Use the method fused with rule=transport, which keeps to candidate edges, or raise min_support.",
         )
 
 

@@ -193,8 +193,8 @@ def pair_stores(
     With another ``pool`` than ``last`` a row stands for the tokens since the shared boundary before it, on either side:
     exactly the same bytes, cut differently (``pool_codes``, ``pool_residuals``).
 
-    Memory: the codes of the shared rows, plus (tokens × d_model) float16 for each residual, and when those are pooled
-    (rows × d_model) float32.
+    Memory: the codes of the shared rows, plus (rows × d_model) float16 for each residual, and when those are pooled
+    (tokens × d_model) float16 and (rows × d_model) float32.
 
     Raises:
         TransferError: When the stores hold different corpora, share no position, or keep no residuals.
@@ -214,5 +214,10 @@ def pair_stores(
     for store, rows in ((a, rows_a), (b, rows_b)):
         starts = rows if pool == "last" else span_starts(store.token_docs, rows)
         codes.append(pool_codes(store.tokens, starts, rows, pool))
-        points.append(pool_residuals(store.residuals, starts, rows, pool) if residuals else None)
+        if not residuals:
+            points.append(None)
+        elif pool == "last":
+            points.append(store.residual_rows(rows))
+        else:
+            points.append(pool_residuals(store.residuals, starts, rows, pool))
     return PairedActivations(codes[0], codes[1], a.token_docs[rows_a], points[0], points[1])

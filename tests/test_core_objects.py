@@ -16,6 +16,7 @@ from transfer.core.errors import TransferError
 from transfer.core.files import read_json, save_arrays, write_json
 from transfer.core.objects import (
     MATCH_COLUMNS,
+    SCHEMA,
     ActivationStore,
     Alignment,
     Candidate,
@@ -86,7 +87,7 @@ def write_store(path: Path, shards: int = 2) -> dict[str, np.ndarray]:
             },
         )
     meta = {
-        "schema": 1,
+        "schema": SCHEMA,
         "space": dataclasses.asdict(space()),
         "corpus_hash": "c",
         "doc_ids": [f"d{i}" for i in range(2 * shards)],

@@ -51,6 +51,8 @@ def test_store_equals_the_direct_computation(adapter: Adapter, tmp_path: Path) -
     expected = np.concatenate([s[r.content].numpy() for s, r in zip(states, rendered, strict=True) if len(r.content)])
     assert store.residuals.dtype == np.float16
     np.testing.assert_allclose(store.residuals.astype(np.float32), expected, rtol=2e-3, atol=2e-3)
+    for rows in (np.arange(0, store.n_tokens, 3), np.array([5, 2, 2, 40]), np.array([], dtype=np.int64)):
+        assert np.array_equal(store.residual_rows(rows), store.residuals[rows])
     # The kept codes are those of the kept residuals.
     again = adapter.dictionary.encode(torch.from_numpy(expected))
     assert np.mean((again.toarray() > 0) != (store.tokens.toarray() > 0)) < 0.001

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -123,8 +124,8 @@ class ActivationStore:
             counts=meta["counts"],
         )
 
-    def _shards(self, kind: str) -> list[dict[str, np.ndarray]]:
-        return [load_arrays(self.path / f"{kind}-{i:05d}.safetensors") for i in range(self.shards)]
+    def _shards(self, kind: str) -> Iterator[dict[str, np.ndarray]]:
+        return (load_arrays(self.path / f"{kind}-{i:05d}.safetensors") for i in range(self.shards))
 
     @cached_property
     def tokens(self) -> sp.csr_matrix:
@@ -160,16 +161,38 @@ class ActivationStore:
         ]
         return sp.csr_matrix(sp.vstack(parts, format="csr"))
 
-    @cached_property
+    @property
     def residuals(self) -> np.ndarray:
-        """Residual stream of the stored tokens, float16 [tokens, d_model].
+        """Residual stream of the stored tokens, float16 [tokens, d_model]; read anew each time, not kept.
+
+        Raises:
+            TransferError: When the harvest did not keep them.
+        """
+        return self.residual_rows(None)
+
+    def residual_rows(self, rows: np.ndarray | None) -> np.ndarray:
+        """Residual stream of these tokens (all if None), float16 [rows, d_model]; one shard in memory beside it.
+
+        Rows that do not ascend cost the whole stream at once.
 
         Raises:
             TransferError: When the harvest did not keep them.
         """
         if not (self.path / "residual-00000.safetensors").exists():
             raise TransferError(f"The store {self.path} keeps no residuals.", "Harvest again with keep_residual: true.")
-        return np.concatenate([a["residual"] for a in self._shards("residual")])
+        if rows is not None and np.any(np.diff(rows) < 0):
+            return self.residual_rows(None)[rows]
+        count = self.n_tokens if rows is None else len(rows)
+        out = np.empty((count, self.space.d_model), dtype=np.float16)
+        first = filled = 0
+        for shard in self._shards("residual"):
+            part = shard["residual"]
+            last = first + len(part)
+            if rows is not None:
+                part = part[rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)] - first]
+            out[filled : filled + len(part)] = part
+            first, filled = last, filled + len(part)
+        return out
 
     def support(self) -> np.ndarray:
         """Documents in which each feature fires, int64 [n_features]."""
