@@ -88,8 +88,8 @@ def steered_logits(
     base = language.family.part(language.model, language.family.base)
     head = language.family.part(language.model, language.family.unembedding)
     wanted = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(language.device)
-    for rows in language._batches(ids, token_budget):
-        block, at = language._padded([ids[i] for i in rows]), torch.from_numpy(rows)
+    for rows in language.batches(ids, token_budget):
+        block, at = language.padded([ids[i] for i in rows]), torch.from_numpy(rows)
         with torch.inference_mode(), language.steering(layer, vectors[at], start=first[at]):
             hidden = base(input_ids=block, use_cache=False).last_hidden_state
             logits = head(hidden[torch.arange(len(rows)), last[at]]).float()[:, wanted].cpu()

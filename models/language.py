@@ -137,14 +137,16 @@ class LanguageModel:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else 0
 
-    def _padded(self, ids: list[list[int]], left: bool = False) -> Tensor:
+    def padded(self, ids: list[list[int]], left: bool = False) -> Tensor:
+        """One block [rows, longest] of token ids, pad ids behind (or before) each line."""
         width = max(map(len, ids))
         block = np.full((len(ids), width), self.pad_id, dtype=np.int64)
         for row, line in zip(block, ids, strict=True):
             row[width - len(line) if left else 0 : width if left else len(line)] = line
         return torch.from_numpy(block).to(self.device)
 
-    def _batches(self, ids: list[list[int]], token_budget: int) -> list[np.ndarray]:
+    def batches(self, ids: list[list[int]], token_budget: int) -> list[np.ndarray]:
+        """Row numbers of each padded batch, see ``batches``; smaller on a processor, whose caches like it."""
         budget = min(token_budget, CPU_TOKENS) if self.device.type == "cpu" else token_budget
         return batches(np.array([len(line) for line in ids], dtype=np.int64), budget)
 
@@ -168,8 +170,8 @@ class LanguageModel:
         """
         site = self.family.site(self.model, layer)
         base = self.family.part(self.model, self.family.base)
-        for rows in self._batches(ids, token_budget):
-            block = self._padded([ids[i] for i in rows])
+        for rows in self.batches(ids, token_budget):
+            block = self.padded([ids[i] for i in rows])
             with torch.inference_mode():
                 hidden = output_at(site, lambda block=block: base(input_ids=block, use_cache=False))
             yield rows, hidden
@@ -256,7 +258,7 @@ class LanguageModel:
             torch.manual_seed(seed)
             for begin in range(0, len(ids), batch_size):
                 rows = slice(begin, begin + batch_size)
-                block = self._padded([line or [self.pad_id] for line in ids[rows]], left=True)
+                block = self.padded([line or [self.pad_id] for line in ids[rows]], left=True)
                 width = torch.tensor([max(len(line), 1) for line in ids[rows]], device=self.device)
                 mask = torch.arange(block.shape[1], device=self.device) >= block.shape[1] - width[:, None]
                 hook = contextlib.nullcontext() if steer is None else self.steering(steer[0], steer[1][rows])
@@ -299,12 +301,12 @@ class LanguageModel:
         total = np.zeros(len(ids))
         base = self.family.part(self.model, self.family.base)
         head = self.family.part(self.model, self.family.unembedding)
-        for rows in self._batches(ids, token_budget):
+        for rows in self.batches(ids, token_budget):
             at_row = np.concatenate([np.full(len(targets[i]), j) for j, i in enumerate(rows)])
             at = np.concatenate([targets[i] for i in rows]).astype(np.int64)
             if not len(at):
                 continue
-            block = self._padded([ids[i] for i in rows])
+            block = self.padded([ids[i] for i in rows])
             hook: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if edit is not None:
                 layer, change = edit

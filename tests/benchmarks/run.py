@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-AREAS = ("cli", "harvest")
+AREAS = ("cli", "harvest", "token_align", "stitch", "topk", "corr", "assign", "ot", "align")
 
 
 def main() -> None:
