@@ -97,8 +97,10 @@ class Fusion:
     info: dict[str, Any]
     n_iter: int = 1
     """Times the space was learned."""
+    unsettled: float = 0.0
+    """Share of the pairs that are wrong at least, where they still changed: a pair that comes and goes is wrong in one
+    of two rounds."""
     converged: bool = True
-    """It no longer changed."""
 
 
 def fuse_through_pairs(
@@ -139,6 +141,7 @@ def fuse_through_pairs(
             "map_cycle_error": found.cycle_error,
         },
         n_iter=found.rounds + len(refits),
+        unsettled=refits[-1] / 2 if refits[-1] > SETTLED else 0.0,
         converged=found.converged and refits[-1] <= SETTLED and judged.converged,
     )
 
@@ -231,7 +234,8 @@ class FusedAligner(Aligner):
     that has not seen it (``seeded.SeededMap.cosines``).
 
     ``score`` is the probability that a match is right, and ``q_value`` the expected share of wrong ones among those at
-    least as probable; filter by it. By default ``matches`` are the mutual best edges, and the coupling keeps every edge
+    least as probable, and never less than half the share of pairs that a space learned from pairs still exchanged when
+    it stopped; filter by it. By default ``matches`` are the mutual best edges, and the coupling keeps every edge
     that is more likely right than wrong and within ``level``, with its probability as mass, so that a concept that is
     one feature here and two there stays two edges.
 
@@ -314,12 +318,13 @@ class FusedAligner(Aligner):
             (len(src), len(tgt)),
             self.rule,
             level=self.level,
+            least_q=fused.unsettled,
             max_iter=self.max_iter,
             tol=self.tol,
         )
         at = chosen.chosen
         matches = match_columns(src[edges.source[at]], tgt[edges.target[at]], confidence[at])
-        matches["q_value"] = matches["fit_q"] = q_values(matches["score"])
+        matches["q_value"] = matches["fit_q"] = np.maximum(q_values(matches["score"]), fused.unsettled)
         held = chosen.coupling.tocoo()
         shape = (source.space.n_features, target.space.n_features)
         return self._alignment(

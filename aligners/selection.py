@@ -52,6 +52,7 @@ def select_edges(
     rule: Rule,
     *,
     level: float,
+    least_q: float = 0.0,
     max_iter: int,
     tol: float,
 ) -> Selection:
@@ -62,7 +63,7 @@ def select_edges(
     with its probability as mass. ``transport`` and ``exact``: a unit of mass a feature, cost 1 − probability, and
     slack that makes an edge worth its while when it is right more often than wrong; the coupling is the plan, in which
     a feature that splits shares its unit, and the matches are its mutual largest masses. Their account (marginal
-    errors, primal, dual, relative gap) is that of ``Transport``.
+    errors, primal, dual, relative gap) is that of ``Transport``. No q-value counts as less than ``least_q``.
 
     Raises:
         TransferError: For an unknown rule.
@@ -107,7 +108,7 @@ def select_edges(
         keep = np.flatnonzero(p >= EVEN)
         found = sparse_one_to_one(sp.csr_matrix((worth[keep], (src[keep], tgt[keep])), shape=shape), floor=EVEN)
         chosen = _numbers(src, tgt, found[0], found[1], shape[1])
-    kept = np.flatnonzero(q_values(p) <= level)
+    kept = np.flatnonzero(np.maximum(q_values(p), least_q) <= level)
     mass = p[kept].astype(np.float32)
     return Selection(chosen, sp.csr_matrix((mass, (src[kept], tgt[kept])), shape=shape))
 

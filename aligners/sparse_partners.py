@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from jaxtyping import Int
 
 from aligners.coactivation import Measure, PairedCodes, measured
+from aligners.correlation import dims
 
 SPARSE_SHARE = 1 / 32
 """Joint events per pair of features below which most pairs never meet: going through all would cost more."""
@@ -44,7 +45,7 @@ def meeting_partners(
     scores, n11, products = np.full((n, k), -np.inf), np.zeros((n, k), dtype=np.int64), np.zeros((n, k))
     fit_src, fit_tgt = codes.source.support >= min_support, codes.target.support >= min_support
     for first, sums, counts in _products(codes):
-        row = first + np.repeat(np.arange(sums.shape[0]), np.diff(sums.indptr))
+        row = first + np.repeat(np.arange(dims(sums)[0]), np.diff(sums.indptr))
         col = sums.indices.astype(np.int64)
         score = measured(measure, sums.data, counts.data, codes, row, col)
         keep = np.flatnonzero((score > 0) & fit_src[row] & fit_tgt[col])
@@ -67,7 +68,7 @@ def _products(codes: PairedCodes) -> Iterator[tuple[int, sp.csr_matrix, sp.csr_m
     other.eliminate_zeros()
     events = np.cumsum(values.astype(bool).astype(np.float64) @ np.diff(other.indptr))
     fires = sp.csr_matrix((np.ones(other.nnz, dtype=np.int32), other.indices, other.indptr), shape=other.shape)
-    start, n = 0, values.shape[0]
+    start, n = 0, dims(values)[0]
     while start < n:
         done = events[start - 1] if start else 0.0
         stop = max(start + 1, int(np.searchsorted(events, done + HELD, side="right")))

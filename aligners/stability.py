@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.base import clone
 
 from aligners.base import Aligner
 from transfer.core.errors import TransferError
@@ -61,16 +60,17 @@ def stability(
         raise TransferError(f"Stability needs at least one draw, got {draws}.")
 
     def keys(part: PairedActivations) -> Int[np.ndarray, " n"]:
-        return _accepted(clone(aligner).fit(source, target, pairs=part).alignment_, level)
+        fresh = type(aligner)(**aligner.get_params())
+        return _accepted(fresh.fit(source, target, pairs=part).alignment_, level)
 
     whole = keys(pairs)
     found = np.zeros(len(whole))
     overlap = np.empty(draws)
     for draw in range(draws):
-        halves = [keys(part) for part in pairs.split(0.5, seed=seed + draw)]
-        found += sum(np.isin(whole, half) for half in halves)
-        either = len(np.union1d(*halves))
-        overlap[draw] = len(np.intersect1d(*halves)) / either if either else 0.0
+        one, other = (keys(part) for part in pairs.split(0.5, seed=seed + draw))
+        found += np.isin(whole, one).astype(float) + np.isin(whole, other)
+        either = len(np.union1d(one, other))
+        overlap[draw] = len(np.intersect1d(one, other)) / either if either else 0.0
     width = target.space.n_features
     return Stability(np.stack([whole // width, whole % width], axis=1), found / (2 * draws), overlap)
 

@@ -37,7 +37,8 @@ def local(scheme: str, rest: str, ref: str, what: str) -> Path:
         raise TransferError(f"{ref} leads out of the zoo.", "Use path:<folder>.")
     if not path.exists():
         if scheme == "zoo":
-            members = sorted(p.parent.name for p in ZOO.glob("*/config.json"))
+            pattern = "*/sae*/cfg.json" if what == "SAE" else "*/config.json"
+            members = sorted(p.parent.relative_to(ZOO).as_posix() for p in ZOO.glob(pattern))
             known = f"The zoo has {', '.join(members)}." if members else "Run `transfer zoo train` first."
             raise TransferError(f"There is no {what} {ref}.", known)
         raise TransferError(f"There is no {what} at {path} ({ref}).")

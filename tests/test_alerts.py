@@ -35,6 +35,7 @@ def test_nothing_wrong_gives_no_alert() -> None:
     [
         ("harvest", {"nmse": 0.5}, "0.50 of the variance of these texts unexplained, 0.15 of its card"),
         ("harvest", {"nmse": 1.2, "card_nmse": None}, "1.20 of the variance"),
+        ("harvest", {"nmse": 0.69, "card_nmse": None}, "was not checked; it leaves 0.69"),
         ("alignments", {"converged": False}, "did not converge"),
         ("coverage", {"n_missing": 3}, "only 3"),
         ("transfer", {"n_train": 90}, "only 12 of the 40"),

@@ -185,6 +185,28 @@ def test_false_discoveries_stay_below_nominal_where_geometry_is_poor(children: f
         assert min(edges) > 100
 
 
+def test_a_space_that_never_settles_promises_less() -> None:
+    """A fifth of the pairs accepted here would be wrong, in a space that still exchanges a tenth of them a round."""
+    setting = dataclasses.replace(
+        STRESS,
+        n_shared=157,
+        n_own=419,
+        children=0.5,
+        n_concepts=2000,
+        active=16 / 3,
+        n_topics=15,
+        noise=0.6,
+        d_source=96,
+        d_target=128,
+    )
+    case = stress_pair(setting, seed=3)
+    found = FusedAligner().fit(case.source, case.target, pairs=case.pairs).alignment_
+    likely = found.matches["score"] >= 0.9
+    right = is_right(found.matches["source"][likely], found.matches["target"][likely], case.truth)
+    assert not found.converged and 0.1 < 1 - right.mean() < 0.4
+    assert found.matches["q_value"].min() > 0.05 and found.coupling.nnz == 0
+
+
 def test_unrelated_spaces_have_no_match() -> None:
     for seed in range(3):
         case = planted_pair(n_source=120, n_target=100, overlap=0.0, topicality=0.8, seed=seed)

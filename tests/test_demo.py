@@ -10,11 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from transfer.core.config import load_experiment
+from transfer.core.files import load_arrays, load_csr
+from transfer.core.objects import ActivationStore, CoverageReport, SynthesisRun
+from transfer.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
-    "synth.features=8",
+    "synth.features=5",
     "synth.explore=2",
     "synth.contrast=2",
     "synth.strengths=[0.0,1.0]",
@@ -93,6 +99,45 @@ def test_real_matches_beat_the_null(runs: Path) -> None:
     for row in results["alignments"]:
         if row["method"] == "activation":
             assert row["heldout_corr_median"] > row["null_corr_median"] + 0.1
+
+
+def test_coverage_and_hits_are_recounted_from_the_stored_codes(runs: Path) -> None:
+    """By plain arithmetic on what the stages left: seed texts and chosen texts, never anchor or unchosen ones."""
+    results = json.loads((runs / "demo" / "results.json").read_text("utf8"))
+    stages = json.loads((runs / "demo" / "stages.json").read_text("utf8"))
+    at = {name: runs / ".store" / place for name, place in stages.items()}
+    seed_ids = [t.id for t in Pipeline(load_experiment("demo"), runs, []).corpora["seed"]]
+    sets = json.loads((at["datasets"] / "datasets.json").read_text("utf8"))
+    models = ("llama", "mistral", "qwen")
+    stores = {m: ActivationStore.load(at[f"harvest {m}"] / "store") for m in models}
+    before = {m: CoverageReport.load(at[f"cover {m}"] / "seed.json") for m in models}
+    delta = {m: load_arrays(at[f"cover {m}"] / "delta.safetensors")["delta"] for m in models}
+    written = {m: SynthesisRun.load(at[f"synth {m}"] / "synthesis.json") for m in models}
+    checked = 0
+    for row in (r for r in results["coverage"] if "arm" in r):
+        model = row["model"].removeprefix("zoo:")
+        (chosen,) = (s for s in sets if (s["target"], s["arm"], s["source"]) == (model, row["arm"], row["writer"]))
+        texts = {(w["text"], w["feature"]) for w in chosen["written"]}
+        codes = load_csr(at[f"synth {row['writer']}"] / f"codes-{model}.safetensors")
+        mine = [i for i, c in enumerate(written[row["writer"]].kept) if (c.text, c.feature) in texts]
+        assert len(mine) == len(texts) > 0
+        seed = stores[model].docs[stores[model].rows(seed_ids)]
+        top = np.maximum(seed.max(axis=0).toarray(), codes[mine].max(axis=0).toarray())[0]
+        missing = before[model].missing.features
+        assert row["missing_hit_rate"] == pytest.approx(np.mean(top[missing] > delta[model][missing]))
+        assert row["n_missing"] == row["n_anchor"] - row["n_covered"]
+        assert row["n_covered"] == before[model].summary()["n_covered"] + np.sum(top[missing] > delta[model][missing])
+        checked += 1
+    assert checked >= 12
+    for row in (r for r in results["synthesis"] if r["pool"] == "own"):
+        writer = row["writer"]
+        plan = json.loads((at[f"synth {writer}"] / "key.json").read_text("utf8"))["inputs"]["plan"]["own"]
+        codes = load_csr(at[f"synth {writer}"] / f"codes-{writer}.safetensors")
+        mine = [i for i, c in enumerate(written[writer].kept) if c.feature in set(plan)]
+        missing = before[writer].missing.features
+        hit = codes[mine].max(axis=0).toarray()[0][missing] > delta[writer][missing]
+        assert row["n_hit"] == hit.sum() and row["n_kept"] == len(mine)
+        assert row["missing_hit_rate"] == pytest.approx(hit.mean())
 
 
 def test_report_is_self_contained(runs: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from transfer import matrix
 from transfer.claims import compare, summarise, verdict
-from transfer.core.errors import StageError, TransferError
+from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import write_json
 from transfer.core.objects import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus, Text
@@ -65,6 +65,8 @@ class WordTask(Intent):
                 file.write(f"{base} {seed}\n")
         if any("raise" in text for text, _ in examples):
             raise ValueError("asked for")
+        if any("disk is full" in text for text, _ in examples):
+            raise NoSpaceError("No space left to write it.", "Free some.")
         if any("die" in text for text, _ in examples):
             os.kill(os.getpid(), signal.SIGKILL)
         run = FinetuneRun(
@@ -205,6 +207,14 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_ends_the_grid_at_once(tmp_path, processes):
+    cells = [cell("mapped", extra=[("disk is full", 1)] * 9), *(cell(seed=s) for s in range(6))]
+    with pytest.raises(NoSpaceError, match="No space left"):
+        run(cells, tmp_path, processes=processes)
+    assert len(list(tmp_path.glob("*.json"))) < 6
+
+
 def test_a_dying_worker_fails_its_own_cell_only(tmp_path):
     bad = [cell("mapped", extra=[("please die", 1)]), cell("random", extra=[("please raise", 1)])]
     with pytest.raises(StageError, match="2 of 5 cells failed") as caught:
@@ -330,6 +340,13 @@ def test_holm_can_take_a_single_significance_back():
     assert among.p == alone.p
     assert among.p_holm == pytest.approx(6 * alone.p)
     assert among.verdict.startswith("undecided: would need")
+
+
+def test_comparisons_pair_the_seeds_that_both_arms_have():
+    results = [made("mapped", s, 0.6 + 0.1 * s) for s in (0, 1, 2)]
+    results += [made("random", s, 0.5 + 0.1 * s + (0.001 if s == 2 else 0)) for s in (1, 2, 7)]
+    (found,) = compare(results, "auprc", pairs=[("mapped", "random")])
+    assert found.n_seeds == 2 and found.delta == pytest.approx(0.0995) and found.high - found.low < 0.02
 
 
 def test_a_bigger_budget_is_no_claim():

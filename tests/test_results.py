@@ -7,7 +7,7 @@ import pytest
 from tests.test_matrix import made
 from transfer.claims import compare, summarise
 from transfer.core.config import load_experiment
-from transfer.results import claims
+from transfer.results import claims, coverage_contrasts
 
 EXPERIMENT = load_experiment("demo", ["tune.recipes=[head]"])
 
@@ -38,3 +38,46 @@ def test_a_loss_is_not_supported_however_sure():
     found = told(mapped=0.5, own=0.3, random=0.6, shuffled=0.55)
     for anchor in ("pooled-head-mapped-random", "pooled-head-mapped-shuffled", "pooled-head-own-random"):
         assert found[anchor]["number"] < 0 and found[anchor]["verdict"] == "not supported"
+
+
+def test_pooled_claims_are_corrected_for_their_number():
+    """Three comparisons that each just pass alone do not pass together."""
+    cells = []
+    for source, target in (("zoo:a", "zoo:b"), ("zoo:b", "zoo:a")):
+        for seed, delta in enumerate((0.069, 0.1, 0.131)):  # p = .03
+            for arm, value in (("mapped", 0.5 + delta), ("random", 0.5), ("shuffled", 0.5)):
+                cells.append(made(arm, seed, value, source=source, target=target))
+            cells.append(made("own", seed, 0.5 + delta, source=target, target=target))
+            cells.append(made("random", seed, 0.5, source=target, target=target))
+    found = claims(summarise(cells, "intent", "auprc"), compare(cells, "auprc"), EXPERIMENT)
+    pooled = [c for c in found if c["anchor"].startswith("pooled")]
+    assert len(pooled) == 3 and {c["verdict"] for c in pooled} == {"undecided"}
+
+
+def test_arms_for_which_nothing_was_written_make_no_claim():
+    """Equal to the seed data, they would count as a sure nothing."""
+    cells = []
+    for source, target, n in (("zoo:a", "zoo:b", 60), ("zoo:b", "zoo:a", 100)):
+        for seed in range(3):
+            cells.append(made("seed_only", seed, 0.5, target=target, n=60))
+            for arm, gain in (("mapped", 0.1), ("random", 0.0), ("shuffled", 0.0)):
+                value = 0.5 + 0.001 * seed + (gain if n > 60 else 0.0)
+                cells.append(made(arm, seed, value, source=source, target=target, n=n))
+    compared = compare(cells, "auprc")
+    assert {c.target for c in compared} == {"zoo:a"}
+    found = {c["anchor"]: c for c in claims(summarise(cells, "intent", "auprc"), compared, EXPERIMENT)}
+    assert found["pooled-head-mapped-random"]["number"] == pytest.approx(0.1)
+    assert "mean of 1 cells" in found["pooled-head-mapped-random"]["sentence"]
+    empty = [c for c in cells if c.target == "zoo:b"]
+    assert claims(summarise(empty, "intent", "auprc"), compare(empty, "auprc"), EXPERIMENT) == []
+
+
+def test_coverage_contrasts_pair_the_writer_with_itself():
+    rows = [{"model": "zoo:a", "n_missing": 3}]  # the seed's own row has no arm
+    for i, (target, writer) in enumerate((("a", "b"), ("b", "a"), ("c", "a"))):
+        for arm, rate in (("mapped", 0.5 + 0.1 * i), ("random", 0.3 + 0.1 * i), ("own", 0.9)):
+            rows.append({"model": target, "writer": writer, "arm": arm, "missing_hit_rate": rate})
+    rows.append({"model": "c", "writer": "b", "arm": "mapped", "missing_hit_rate": None})
+    (found,) = coverage_contrasts(rows)
+    assert (found["control"], found["n_pairs"]) == ("random", 3)
+    assert found["delta"] == pytest.approx(0.2) and found["low"] == pytest.approx(0.2) == found["high"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from models.adapter import Adapter
 from models.language import LanguageModel
+from models.zoo.card import check_cards
 from transfer.core.errors import TransferError
 from transfer.core.files import file_hash
 
@@ -39,6 +41,35 @@ def test_cards_hold_what_they_promise() -> None:
                 assert {"nmse", "l0", "dead", "ce_recovered"} <= set(quality[texts])
                 assert quality[texts]["ce_recovered"] > 0.9
         assert card["measured"]["bits_per_byte"]["public_held_out"] < 2
+
+
+def test_evaluation_sees_what_does_not_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The summary too, which is what reports quote; and what cannot be measured without the public texts is said."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    for path in (ZOO / "llama").iterdir():
+        if path.name != "card.json":
+            (folder / path.name).symlink_to(path)
+    card = json.loads((ZOO / "llama" / "card.json").read_text("utf8"))
+    bundled = copy.deepcopy(
+        {
+            "bits_per_byte": {"bundled_evaluation": card["measured"]["bits_per_byte"]["bundled_evaluation"]},
+            "sae": {k: {"bundled_evaluation": v["bundled_evaluation"]} for k, v in card["measured"]["sae"].items()},
+        }
+    )
+    monkeypatch.setattr("models.zoo.card.ZOO_FOLDER", tmp_path)
+    monkeypatch.setattr("models.zoo.card.measure", lambda folder, data: bundled)
+
+    def wrong() -> list[str]:
+        (folder / "card.json").write_text(json.dumps(card))
+        return [r["number"] for r in check_cards(None, []) if r["agrees"] is False]
+
+    assert wrong() == []
+    rows = {r["number"]: r for r in check_cards(None, [])}
+    assert rows["bits_per_byte.public_held_out"]["agrees"] is None and rows["summary.parameters"]["agrees"]
+    card["summary"] |= {"bits_per_byte": 0.9, "parameters": 5}
+    card["measured"]["sae"]["sae"]["bundled_evaluation"]["nmse"] *= 1.1
+    assert wrong() == ["sae.sae.bundled_evaluation.nmse", "summary.bits_per_byte", "summary.parameters"]
 
 
 def test_members_differ_as_families_do(adapters: dict[str, Adapter]) -> None:

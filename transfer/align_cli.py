@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,8 @@ Match features between models.
   transfer align fit zoo:llama zoo:qwen --out a  one pair: fit, score on held-out documents, save
   transfer align score a --corpus new.jsonl      the same matches on other texts
   transfer align show a
-  transfer align export a --out a.graphml"""
+  transfer align export a --out a.graphml
+  transfer align ladder                          tests of an aligner where the answer is known"""
 
 
 class _RunByDefault(TyperGroup):
@@ -214,3 +217,70 @@ def export(
 
     found = write(Alignment.load(folder), out, format=format, q_max=q_max, least_mass=least_mass, force=force)
     show(found if as_json else "{file}: {matches} matches, {splits} splits".format(**found))
+
+
+@align.command()
+def ladder(
+    rungs: Annotated[str, typer.Option(help="Only these, such as G0,G6.")] = "G0,G1,G2,G3,G4,G5,G6",
+    model: Annotated[list[str] | None, typer.Option(help="Models with an SAE beside them; repeatable.")] = None,
+    second_sae: Annotated[
+        str | None, typer.Option(help="Another SAE of the first model: the ceiling. Default: the zoo's second seed.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Method that is judged.")] = "fused",
+    methods: Annotated[
+        str | None, typer.Option(help="Methods beside each other in G4, such as fused,crosscoder.")
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="Planted spaces of G0, in features, such as 4096,131072.")] = "4096",
+    draws: Annotated[int, typer.Option(min=2, help="Draws of each planted cell of G1.")] = 3,
+    stress: Annotated[float, typer.Option(help="Share of the stress setting's full size in G1.")] = 1.0,
+    corpus: CorpusRef = "bundled",
+    unseen: Annotated[
+        str | None, typer.Option(help="Texts of another domain. Default: a quarter of the corpus' topics, held out.")
+    ] = None,
+    text_column: TextColumn = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to save all rows in.")] = None,
+    seed: Seed = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when a row failed.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try an aligner where the answer is known: copies, planted pairs, two SAEs of one model, and pairs of nothing.
+
+    G0 identity, G1 planted truth, G2 two SAE seeds, G3 activations against decoders, G4 across families, G5 steering,
+    G6 negatives. A row that failed is shown as such; the exit code stays 0 unless --strict. All of it takes four to
+    five minutes of one core.
+    """
+    set_quiet(quiet or as_json)
+    from transfer.artefact import writable
+    from transfer.core.config import runs_folder
+    from transfer.core.files import write_json
+    from transfer.ladder.climb import METHODS, Plan, climb, table
+    from transfer.ladder.zoo import Zoo
+    from transfer.sides import read_corpus
+
+    if out is not None:
+        writable(out.parent)
+    try:
+        numbers = tuple(int(size) for size in _words(sizes))
+    except ValueError:
+        raise TransferError(f"--sizes {sizes!r} is not a list of whole numbers.", "Write it as 4096,16384.") from None
+    among = _words(methods) if methods else METHODS
+    plan = Plan(_words(rungs), method, among, sizes=numbers, draws=draws, stress=stress, seed=seed)
+    texts = read_corpus(corpus, text_column=text_column)
+    assert texts is not None
+    models = tuple(model or ("zoo:llama", "zoo:mistral", "zoo:qwen"))
+    second = second_sae or (None if model else "zoo:llama/sae_seed1")
+    zoo = Zoo(models, second, texts, runs_folder(), unseen=read_corpus(unseen), seed=seed)
+    rows = []
+    for row in climb(plan, zoo):
+        rows.append(row)
+        if out is not None:
+            write_json(out, [r.to_dict() for r in rows])
+    found = [r.to_dict() for r in rows]
+    show(found if as_json else table(rows, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    if strict and any(row.passed is False for row in rows):
+        raise typer.Exit(1)
+
+
+def _words(listed: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in listed.split(",") if word.strip())

@@ -159,6 +159,9 @@ def compare(
 ) -> list[Comparison]:
     """Every arm against every control of ``pairs``; p values Holm-corrected over the targets and sources of a pair.
 
+    Arms for which nothing was written (as many examples as the seed data alone) are left out on both sides: they say
+    nothing about texts, and an alert tells of them.
+
     Args:
         results: Cell results.
         metric: Metric name.
@@ -169,6 +172,8 @@ def compare(
         weighted: The metric under example weights (``Task.weighted``).
     """
     groups = _groups(results)
+    seed_sizes = {(g.target, g.recipe): g.n_train for g in groups if g.arm == REFERENCE}
+    groups = [g for g in groups if g.arm == REFERENCE or g.n_train > seed_sizes.get((g.target, g.recipe), 0)]
     out: list[Comparison] = []
     for arm, control_arm in pairs:
         family: list[Comparison] = []

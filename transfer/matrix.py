@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from transfer.core.console import progress, say
-from transfer.core.errors import StageError, TransferError
+from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import file_hash, plain, read_json, replacing, write_json
 from transfer.core.objects import SCHEMA, EvalResult, FinetuneRun, digest
 from transfer.core.texts import Corpus
@@ -170,6 +170,7 @@ def run_cells(
 
     Raises:
         StageError: When cells failed; the others are finished and kept.
+        NoSpaceError: At once, when the disk is full; finished cells are kept.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -261,6 +262,8 @@ def _work(job: Job) -> str:
         }
         record = plain(record)
         write_json(out_dir / f"{key}.json", {**record, "seal": digest(record)})
+    except NoSpaceError:
+        raise  # every other cell would fail as well
     except TransferError as error:
         return str(error)
     except Exception as error:
@@ -269,13 +272,23 @@ def _work(job: Job) -> str:
 
 
 def _pool_work(job: Job) -> str:
-    """Run one cell in a worker process."""
+    """Run one cell in a worker process; see ``_frozen``, but the worker loads its libraries with its first cell."""
     problem = _work(job)
     if not gc.get_freeze_count():
-        # Trainer collects garbage at every start; half a second each time unless the libraries are left out of it.
         gc.collect()
         gc.freeze()
     return problem
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """Trainer collects garbage at every start: half a second each time unless the libraries are left out of it."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -292,7 +305,7 @@ def _one_thread() -> Iterator[None]:
 
 def _local(jobs: dict[str, Job]) -> Iterator[Outcome]:
     if jobs:
-        with _one_thread():
+        with _one_thread(), _frozen():
             for key, job in jobs.items():
                 yield key, _work(job)
 
@@ -316,6 +329,8 @@ def _pooled(jobs: dict[str, Job], processes: int) -> Iterator[Outcome]:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     key, error = running.pop(future), future.exception()
+                    if isinstance(error, NoSpaceError):
+                        raise error
                     if isinstance(error, BrokenProcessPool):
                         suspects.append(key)
                     else:  # an error here never reached the cell: the job cannot be pickled, say

@@ -286,6 +286,7 @@ class Pipeline:
                 row for _, folder in self.written.values() for row in read_json(folder / "rows.json")
             ]
             numbers["coverage"] += read_json(self.datasets / "coverage.json")
+            numbers["coverage_contrasts"] = results.coverage_contrasts(numbers["coverage"])
         if rank >= 4:
             numbers.update(results.transfer_table(self.cells, self.experiment))
             numbers["alerts"] = results.alerts(numbers, self.stores, self.experiment)

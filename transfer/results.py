@@ -19,6 +19,9 @@ from transfer.tasks import get_task
 HEADLINE = ("mapped", "random")
 """The pair of arms that the first claim is about."""
 
+UNCHECKED_NMSE = 0.4
+"""An SAE without a card that leaves more than this unexplained may belong to another model."""
+
 
 def load_cells(folder: Path) -> list[CellResult]:
     """The finished grid."""
@@ -107,6 +110,35 @@ def _pooled(
     }
 
 
+def coverage_contrasts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How much more of a target's missing features the mapped arm hits than each control, over (target, writer) pairs.
+
+    The interval is over pairs (t); pairs of one target share its missing features, so it is a little too narrow.
+    """
+    rate = {(r["model"], r["writer"], r["arm"]): r["missing_hit_rate"] for r in rows if "arm" in r}
+    found = []
+    for control in ("random", "shuffled"):
+        deltas = [
+            value - other
+            for (model, writer, arm), value in sorted(rate.items())
+            if arm == "mapped" and value is not None and (other := rate.get((model, writer, control))) is not None
+        ]
+        if len(deltas) > 1:
+            interval = stats.mean_interval(deltas)
+            found.append(
+                {
+                    "metric": "missing_hit_rate",
+                    "arm": "mapped",
+                    "control": control,
+                    "delta": interval.value,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "n_pairs": len(deltas),
+                }
+            )
+    return found
+
+
 def alerts(
     numbers: dict[str, Any], stores: Mapping[str, ActivationStore], experiment: Experiment
 ) -> list[dict[str, str]]:
@@ -145,6 +177,16 @@ def alerts(
                     "severe",
                     f"The SAE of {row['model']} leaves {row['nmse']:.2f} of the variance of these texts unexplained"
                     f"{card}: its features say little about them.",
+                )
+            )
+        elif row["card_nmse"] is None:
+            poor = row["nmse"] > UNCHECKED_NMSE
+            found.append(
+                (
+                    1 if poor else 3,
+                    "severe" if poor else "warn",
+                    f"The SAE of {row['model']} has no card, so whether it belongs to this model and layer was not "
+                    f"checked; it leaves {row['nmse']:.2f} of the variance of these texts unexplained.",
                 )
             )
     for name, store in stores.items():

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from transfer.core.objects import ActivationStore, FeatureSpace, FeatureView
 from transfer.core.rundir import RunDir
 from transfer.core.texts import Corpus
 from transfer.corpus import BUNDLED, load_corpus
+
+if TYPE_CHECKING:
+    from models.adapter import Adapter
 
 MODEL_SCHEMES = ("zoo:", "path:", "hub:")
 SIDES = ("source", "target")
@@ -101,10 +105,12 @@ def open_stores(refs: tuple[SideRef, SideRef], corpus: Corpus | None, runs: Path
                 f"The store {ref.ref} holds other texts ({store.corpus_hash}) than {corpus.name} ({corpus.hash}).",
                 "Name the texts it was harvested on, or give the model in place of the store.",
             )
-    for i, (ref, store) in enumerate(zip(refs, stores, strict=True)):
-        if store is None:
+    # Both are loaded before any is harvested: a wrong name is told at once, not after minutes.
+    adapters = [_loaded(ref) if store is None else None for ref, store in zip(refs, stores, strict=True)]
+    for i, adapter in enumerate(adapters):
+        if adapter is not None:
             assert corpus is not None
-            stores[i] = _harvested(ref, corpus, runs, residual)
+            stores[i] = stored(adapter, corpus, runs, residual)
     source, target = stores
     assert source is not None and target is not None
     return source, target
@@ -121,12 +127,24 @@ def _opened(ref: SideRef) -> ActivationStore:
     return ActivationStore.load(inner if not (folder / "meta.json").is_file() and inner.is_dir() else folder)
 
 
-def _harvested(ref: SideRef, corpus: Corpus, runs: Path, residual: bool) -> ActivationStore:
+def _loaded(ref: SideRef) -> Adapter:
     say(f"load {ref.ref}")
     from models.adapter import Adapter
+
+    return Adapter.load(ref.ref, ref.model_sae(), ref.layer)
+
+
+def stored(adapter: Adapter, corpus: Corpus, runs: Path, residual: bool) -> ActivationStore:
+    """Activations of a corpus, harvested once and kept in the folder of runs.
+
+    Args:
+        adapter: Model and SAE.
+        corpus: Texts.
+        runs: Folder of runs; harvests lie in its ``.store``.
+        residual: Keep the residual stream too.
+    """
     from transfer import stages
 
-    adapter = Adapter.load(ref.ref, ref.model_sae(), ref.layer)
     settings = HarvestSection.model_validate({"keep_residual": residual})
     inputs = {
         "space": dataclasses.asdict(adapter.space),
@@ -134,7 +152,10 @@ def _harvested(ref: SideRef, corpus: Corpus, runs: Path, residual: bool) -> Acti
         "harvest": settings.model_dump(mode="json"),
     }
     folder = RunDir(runs, ".align").stage(
-        "harvest", inputs, lambda out: stages.harvest(adapter, corpus, out, settings), f"{ref.ref} {corpus.name}"
+        "harvest",
+        inputs,
+        lambda out: stages.harvest(adapter, corpus, out, settings),
+        f"{adapter.space.model} {corpus.name}",
     )
     return ActivationStore.load(folder / "store")
 

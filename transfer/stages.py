@@ -18,7 +18,7 @@ from models.adapter import Adapter
 from models.generators import SteeredGenerator
 from transfer import arms
 from transfer.core.config import DataSection, Experiment, HarvestSection
-from transfer.core.console import say
+from transfer.core.console import progress, say
 from transfer.core.errors import TransferError
 from transfer.core.files import load_arrays, load_csr, read_json, save_arrays, save_csr, write_json
 from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSet, FeatureView, SynthesisRun
@@ -106,7 +106,10 @@ def check_corpora(corpora: Mapping[str, Corpus], positive: str, *, evaluate: boo
 
 def harvest(adapter: Adapter, corpus: Corpus, out: Path, settings: HarvestSection) -> None:
     """Check the adapter against its card, store the corpus' activations, and say how well the SAE fits the corpus."""
-    check = {"card": adapter.self_check(), "corpus": adapter.reconstruction([t.text for t in corpus][:256])}
+    check = {
+        "card": adapter.self_check(),
+        "corpus": adapter.reconstruction([t.text for t in corpus][:256], max_tokens=settings.max_tokens),
+    }
     harvest_store(
         adapter,
         corpus,
@@ -170,21 +173,24 @@ def align(
 
     def score(alignment: Alignment, name: str) -> None:
         scored = score_matches(alignment, heldout, n_null=settings.n_null, seed=experiment.seed)
-        q = scored.matches["q_value"]
+        kept = np.flatnonzero(scored.matches["q_value"] <= settings.q_value)
         info = {
             **scored.info,
             "n_rows_fit": len(fit.docs),
             "n_rows_heldout": len(heldout.docs),
-            "n_significant": int(np.count_nonzero(q <= settings.q_value)),
+            "n_significant": len(kept),
+            "heldout_corr_significant": float(np.median(scored.matches["heldout_corr"][kept])) if len(kept) else None,
         }
         # Seconds differ from run to run; results must not.
         dataclasses.replace(scored, method=name, info=info, seconds=0.0).save(out / name)
 
-    for method, aligner in aligners.items():
-        aligner.fit(source, target, pairs=fit)
-        score(aligner.alignment_, method)
-        if method == settings.use:
-            score(counterparts(aligner.alignment_), f"{method}-best")
+    with progress(f"align {source.space.model} {target.space.model}", len(aligners), "methods") as advance:
+        for method, aligner in aligners.items():
+            aligner.fit(source, target, pairs=fit)
+            score(aligner.alignment_, method)
+            if method == settings.use:
+                score(counterparts(aligner.alignment_), f"{method}-best")
+            advance(1)
 
 
 def significant(alignment: Alignment, q_value: float) -> Alignment:

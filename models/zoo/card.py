@@ -87,7 +87,9 @@ def check_cards(data: Path | None, only: list[str]) -> list[dict[str, Any]]:
     """Measure every member again and compare with its card.
 
     Returns:
-        One row a number: model, number, card, now, agrees.
+        One row a number of the card: model, number, card, now, agrees. ``now`` and ``agrees`` are None for a number on
+        public texts when there is no ``data``. The summary is checked too, against the card's own measurements, and
+        the parameters against the weights.
 
     Raises:
         TransferError: For an unknown member or a missing card.
@@ -102,13 +104,40 @@ def check_cards(data: Path | None, only: list[str]) -> list[dict[str, Any]]:
     with progress("zoo eval", len(chosen), "models") as advance:
         for folder in chosen:
             card = read_json(folder / "card.json")
-            now = _flat(measure(folder, data))
-            for number, value in now.items():
-                old = _flat(card["measured"]).get(number)
-                close = old is not None and abs(value - old) <= TOLERANCE * max(abs(old), 0.01)
-                rows.append({"model": folder.name, "number": number, "card": old, "now": value, "agrees": close})
+            rows += _compared(folder.name, _flat(card["measured"]), _flat(measure(folder, data)))
+            summary = {**summarised(card["measured"]), **_counted(folder, card)}
+            rows += _compared(folder.name, _flat(card["summary"], "summary"), _flat(summary, "summary"))
             advance(1)
     return rows
+
+
+def _compared(model: str, card: dict[str, float], now: dict[str, float]) -> list[dict[str, Any]]:
+    rows = []
+    for number in sorted(card.keys() | now.keys()):
+        old, new = card.get(number), now.get(number)
+        agrees = None
+        if new is not None:
+            agrees = old is not None and abs(new - old) <= TOLERANCE * max(abs(old), 0.01)
+        rows.append({"model": model, "number": number, "card": old, "now": new, "agrees": agrees})
+    return rows
+
+
+def _counted(folder: Path, card: dict[str, Any]) -> dict[str, float]:
+    language = LanguageModel.load(f"path:{folder}")
+    parameters = sum(p.numel() for p in language.model.parameters())
+    return {"parameters": parameters, "tokens_seen": card["training"]["tokens_seen"]}
+
+
+def summarised(measured: dict[str, Any]) -> dict[str, float]:
+    """The numbers that reports and the README show: those on public texts kept out of training."""
+    return {
+        "bits_per_byte": measured["bits_per_byte"]["public_held_out"],
+        **{
+            f"{sae}_{key}": sets["public_held_out"][key]
+            for sae, sets in measured["sae"].items()
+            for key in ("nmse", "l0", "dead", "ce_recovered")
+        },
+    }
 
 
 def write_card(folder: Path, data: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -130,12 +159,7 @@ def write_card(folder: Path, data: Path, facts: dict[str, Any]) -> dict[str, Any
         "summary": {
             "parameters": facts["training"]["parameters"],
             "tokens_seen": facts["training"]["tokens_seen"],
-            "bits_per_byte": measured["bits_per_byte"]["public_held_out"],
-            **{
-                f"{sae}_{key}": sets["public_held_out"][key]
-                for sae, sets in measured["sae"].items()
-                for key in ("nmse", "l0", "dead", "ce_recovered")
-            },
+            **summarised(measured),
         },
     }
     write_json(folder / "card.json", card)

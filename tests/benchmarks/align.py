@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from aligners.correlation import dims
 from aligners.fused import FusedAligner
 from aligners.topk import fast_dtype, unit_rows
 from tests.benchmarks import topk
@@ -61,7 +62,7 @@ def planted(
         return sp.csr_matrix((values, (at, names[fired[at, kept]])), shape=(rows, n))
 
     fires = sp.csr_matrix((np.ones(events.size, np.float32), (np.repeat(np.arange(rows), ACTIVE), events.ravel())))
-    residual = fires @ x[: fires.shape[1]]
+    residual = fires @ x[: dims(fires)[1]]
     back = residual @ through + 0.3 * rng.standard_normal((rows, d_tgt), dtype=np.float32)
     pairs = PairedActivations(
         codes(events, np.arange(n)),

@@ -26,7 +26,7 @@ def product_rate(d_src: int, d_tgt: int, dtype: type) -> float:
     x, y = np.ones((4096, d_src), dtype=dtype), np.ones((4096, d_tgt), dtype=dtype)
     work = 2 * 4096 * (d_src**2 + d_src * d_tgt)
     times = max(1, int(2e11 / work))
-    x.T @ x
+    np.matmul(x.T, x)
     return times * work / seconds(lambda: [(x.T @ x, x.T @ y) for _ in range(times)]) / 1e9
 
 

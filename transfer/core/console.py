@@ -41,8 +41,8 @@ def show(value: Any) -> None:
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Progress over ``total`` units; yields the function that advances it.
 
-    On a terminal it is one live line with rate and ETA; elsewhere a plain line at most every ten seconds, so that
-    short work prints nothing.
+    On a terminal it is one live line with rate and ETA; elsewhere a plain line after two seconds, then at most every
+    ten, so that short work prints nothing.
     """
     start = time.monotonic()
     done = 0
@@ -67,7 +67,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
 
             yield advance_bar
         return
-    last = start
+    last = start - 8
 
     def advance(n: int) -> None:
         nonlocal done, last

@@ -20,5 +20,9 @@ class TransferError(Exception):
         return f"{what} {self.hint}" if self.hint else what
 
 
+class NoSpaceError(TransferError):
+    """The disk is full: going on with other work would only fail again."""
+
+
 class StageError(TransferError):
     """A stage failed but everything finished so far is kept; exit code 3, the same command resumes."""

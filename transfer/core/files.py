@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from transfer.core.errors import TransferError
+from transfer.core.errors import NoSpaceError, TransferError
 
 
 @contextlib.contextmanager
@@ -35,9 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TransferError(
-                f"No space left to write {path}.", "Free some and run the same command again."
-            ) from None
+            raise NoSpaceError(f"No space left to write {path}.", "Free some and run the same command again.") from None
         raise
     finally:
         part.unlink(missing_ok=True)

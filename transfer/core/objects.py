@@ -86,8 +86,8 @@ class ActivationStore:
     A folder with ``meta.json`` and, per shard ``n``: ``tokens-n.safetensors`` (token-level CSR of the true codes, with
     the document and the number of UTF-8 bytes of its content read so far), ``docs-n.safetensors`` (documents ×
     features, max over tokens, with the token position of the maximum) and, where asked for,
-    ``residual-n.safetensors`` (float16 residual stream of the same tokens). Arrays are memory-mapped; memory is
-    bounded by what the caller asks for.
+    ``residual-n.safetensors`` (float16 residual stream of the same tokens). Codes are read whole when first asked for
+    and kept, 8 bytes a code; residuals are read anew each time (``residual_rows``).
     """
 
     path: Path
