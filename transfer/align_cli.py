@@ -40,7 +40,7 @@ class _RunByDefault(TyperGroup):
 align = typer.Typer(cls=_RunByDefault, help=HELP, no_args_is_help=True, rich_markup_mode=None)
 
 METHODS_HELP = (
-    "fused, activation, map, unembedding, same, sinkhorn, relative, gromov, crosscoder, or random (the control)."
+    "fused, activation, map, unembedding, same, sinkhorn, relative, gromov, crosscoder; controls: random, gromov-cold."
 )
 Artefact = Annotated[Path, typer.Argument(help="Folder that `transfer align fit` wrote.")]
 CorpusRef = Annotated[
