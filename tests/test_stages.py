@@ -71,6 +71,23 @@ def test_a_text_of_two_splits_is_refused(tmp_path: Path) -> None:
     assert set(stages.load_corpora(DataSection.model_validate({"source": str(path)}))[0]) == {"anchor", "seed"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["data.source={path}"], "Coverage needs seed texts"),
+        (["models.llama.model=zoo:lama"], "zoo:lama"),
+        (["data.positive=terrible"], "terrible"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(tmp_path: Path, settings: list[str], words: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"text": "one", "label": "a", "split": "anchor"}))
+    pipeline = Pipeline(load_experiment("demo", [s.format(path=path) for s in settings]), tmp_path / "runs", [])
+    with pytest.raises(TransferError, match=words):
+        pipeline.run()
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_harvest_begins_with_the_self_check(tmp_path: Path) -> None:
     class Wrong:
         def self_check(self) -> dict[str, Any]:

@@ -253,13 +253,24 @@ class Pipeline:
 
     # Results.
 
-    def numbers(self, until: str = "run") -> dict[str, Any]:
-        """The numbers up to a stage; the whole of ``results.json`` after the last one."""
+    def check(self, until: str) -> None:
+        """Refuse data and models that the stages up to ``until`` cannot work with, before anything is written.
+
+        Raises:
+            TransferError: Saying what is wrong with them.
+        """
         rank = STAGES.index(until)
         if rank >= 1 and len(self.experiment.models) < 2:
             raise TransferError("An alignment needs two models, the experiment has one.", "Add one under `models`.")
+        corpora = self.corpora
         if rank >= 2:
-            stages.check_corpora(self.corpora, self.experiment.data.positive, evaluate=rank >= 4)
+            stages.check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4)
+        _ = self.adapters
+
+    def numbers(self, until: str = "run") -> dict[str, Any]:
+        """The numbers up to a stage; the whole of ``results.json`` after the last one."""
+        rank = STAGES.index(until)
+        self.check(until)
         checks = {name: read_json(folder / "check.json") for name, folder in self.harvests.items()}
         numbers: dict[str, Any] = {
             "data": {"texts": {s: len(c) for s, c in self.corpora.items()}, "unused": self._loaded[1]},
@@ -299,6 +310,7 @@ class Pipeline:
         Returns:
             The numbers; for ``run`` also the report's path.
         """
+        self.check(until)
         self.dir.event(until, "command", command=shlex.join(self.command))
         numbers = self.numbers(until)
         resolved = yaml.safe_dump(self.experiment.model_dump(mode="json"), sort_keys=False)

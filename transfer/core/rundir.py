@@ -25,12 +25,12 @@ class RunDir:
     def __init__(self, runs: Path, name: str) -> None:
         self.path = Path(runs) / name
         self.store = Path(runs) / ".store"
-        self.path.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
         self.stages: dict[str, str] = {}
 
     def event(self, stage: str, what: str, **more: Any) -> None:
         """Append one line to ``events.jsonl``."""
+        self.path.mkdir(parents=True, exist_ok=True)
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "stage": stage, "event": what, **more}
         with (self.path / "events.jsonl").open("a", encoding="utf8") as handle:
             handle.write(json.dumps(line) + "\n")
