@@ -181,7 +181,11 @@ def run_cells(
     if distinct > len(todo):
         say(f"grid  {distinct - len(todo)} of {distinct} cells reused")
     # Target by target, so that a worker loads each base once; big ones first, so that no worker ends with one alone.
-    order = sorted(todo, key=lambda k: (todo[k].target, -todo[k].size, k))
+    # Recipes take turns on the same data: each worker then mostly keeps to one, and to the features it has computed.
+    order = sorted(
+        todo,
+        key=lambda k: (todo[k].target, -todo[k].size, todo[k].file_hash, todo[k].seed, todo[k].recipe.name, k),
+    )
     failures: dict[str, str] = {}
     with progress("fine-tuning grid", len(order), "cells") as advance:
         jobs = {k: (todo[k], k, evaluation, task, out_dir) for k in order}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from transfer.core.errors import TransferError
 
 LARGE_N = 30
 """From this many values on, ``mean_interval`` bootstraps instead of leaning on normality."""
+
+REMEMBERED = 4_000_000
+"""Bootstrap counts kept between comparisons of one evaluation set (32 MB)."""
 
 WeightedMetric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """``(labels [n], scores [n], counts [draws, n]) -> values [draws]``: a metric under integer example weights."""
@@ -129,6 +133,27 @@ def bootstrap_stderr(
     return float(values.std(ddof=1)) if len(values) >= 10 else float("nan")
 
 
+def _drawn(metric: WeightedMetric, labels: np.ndarray, scores: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """The metric in every draw [draws]; remembered, since a control stands in several comparisons."""
+    return _drawn_of(metric, labels.astype(np.int64).tobytes(), scores.astype(np.float64).tobytes(), draws, seed)
+
+
+@lru_cache(maxsize=1024)
+def _drawn_of(metric: WeightedMetric, labels: bytes, scores: bytes, draws: int, seed: int) -> np.ndarray:
+    one, other = np.frombuffer(labels, dtype=np.int64), np.frombuffer(scores, dtype=np.float64)
+    return np.concatenate([metric(one, other, c) for c in _counts(len(one), draws, seed)])
+
+
+def _counts(n: int, draws: int, seed: int) -> Iterable[np.ndarray]:
+    """``bootstrap_counts``, remembered where one block holds them all."""
+    return _one_block(n, draws, seed) if n * draws <= REMEMBERED else bootstrap_counts(n, draws, seed)
+
+
+@lru_cache(maxsize=2)
+def _one_block(n: int, draws: int, seed: int) -> tuple[np.ndarray, ...]:
+    return tuple(bootstrap_counts(n, draws, seed))
+
+
 def hierarchical_delta(
     labels: np.ndarray,
     treated: np.ndarray,
@@ -166,11 +191,12 @@ def hierarchical_delta(
             [metric(labels, t, ones)[0] - metric(labels, c, ones)[0] for t, c in zip(treated, control, strict=True)]
         )
     )
-    blocks = [
-        np.stack([metric(labels, t, w) - metric(labels, c, w) for t, c in zip(treated, control, strict=True)])
-        for w in bootstrap_counts(n, draws, seed)
-    ]
-    per_seed = np.concatenate(blocks, axis=1)  # [seeds, draws]
+    per_seed = np.stack(  # [seeds, draws]
+        [
+            _drawn(metric, labels, t, draws, seed) - _drawn(metric, labels, c, draws, seed)
+            for t, c in zip(treated, control, strict=True)
+        ]
+    )
     picked = np.random.default_rng([seed, 1]).integers(n_seeds, size=per_seed.shape)
     values = np.take_along_axis(per_seed, picked, axis=0).mean(axis=0)
     values = values[np.isfinite(values)]

@@ -150,6 +150,8 @@ def _tie_groups(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> t
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
     weight, positive = counts[:, order], labels[order]
+    if len(starts) == len(scores):  # no ties
+        return weight * positive, weight * (1 - positive)
     return np.add.reduceat(weight * positive, starts, axis=1), np.add.reduceat(weight * (1 - positive), starts, axis=1)
 
 
