@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -146,10 +147,13 @@ class Adapter:
         parts: list[sp.csr_matrix] = []
         docs: list[np.ndarray] = []
         states: list[np.ndarray] = []
-        wanted = [r.ids if len(r.content) else [] for r in rendered]
-        for rows, hidden in self.language.stream(wanted, self.space.layer, token_budget):
+        # No content token sees what stands behind the last one, and what stands before the first is often the same.
+        wanted = [r.ids[: r.content[-1] + 1] if len(r.content) else [] for r in rendered]
+        begun = [r.ids[: r.content[0]] for r in rendered if len(r.content)]
+        shared = len(os.path.commonprefix(begun))
+        for rows, hidden in self.language.stream(wanted, self.space.layer, token_budget, shared):
             width = hidden.shape[1]
-            pick = np.concatenate([j * width + rendered[i].content for j, i in enumerate(rows)])
+            pick = np.concatenate([j * width + rendered[i].content - shared for j, i in enumerate(rows)])
             x = hidden.reshape(-1, self.space.d_model)[torch.from_numpy(pick).to(hidden.device)].float()
             parts.append(self.dictionary.encode(x))
             docs.append(np.concatenate([np.full(len(rendered[i].content), i, dtype=np.int32) for i in rows]))

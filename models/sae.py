@@ -22,8 +22,10 @@ RULES = {"topk": "topk-{k}", "standard": "relu", "jumprelu": "jumprelu", "gated"
 """Activation rule by SAELens architecture; others (transcoders, temporal, signed) do not fit a feature space."""
 CHUNK_BYTES = 64 << 20
 """Largest dense block [tokens, n_features] that encoding holds: 64 MiB, or one token's row where that is larger."""
-CHUNK_ROWS = 512
+CHUNK_ROWS = 128
 """More rows at once do not make the matrix product faster, but push the block out of the processor's cache."""
+GROUP = 8
+"""Features whose maximum stands for all of them when the top k are looked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,8 @@ class Dictionary:
                 f"{ref} is a {architecture} SAE.", f"Residual-stream SAEs of type {', '.join(RULES)} work."
             )
         sae.requires_grad_(False).eval()
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            sae.fold_W_dec_norm()  # same codes, and nothing is left to rescale
         return cls(ref, content or _state_hash(sae), sae, card or dict(sae.cfg.metadata.get("card") or {}))
 
     @property
@@ -125,11 +129,6 @@ class Dictionary:
         if names:
             raise TransferError(f"{self.ref} reads {names[0]}, which is not the residual stream after a layer.")
         return None
-
-    @cached_property
-    def _norms(self) -> Tensor | None:
-        """Decoder norms that SAELens scales activations with, computed once; ``None`` where it does not."""
-        return self.sae.W_dec.norm(dim=-1) if getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False) else None
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """Input as the SAE wants it, with the factor and shift that undo it (SAELens keeps those on the module)."""
@@ -176,9 +175,7 @@ class Dictionary:
         sae = self.sae
         x = self._normalised(x)[0] - sae.b_dec * sae.cfg.apply_b_dec_to_input
         pre = torch.addmm(sae.b_enc, x, sae.W_enc)
-        if self._norms is not None:
-            pre = pre * self._norms
-        values, columns = torch.topk(pre, self.sae.cfg.k, dim=-1, sorted=False)
+        values, columns = largest(pre, self.sae.cfg.k)
         columns, order = columns.sort(dim=-1)
         values = values.gather(-1, order)
         live = values > 0
@@ -217,8 +214,6 @@ class Dictionary:
         columns = torch.from_numpy(codes.indices.astype(np.int64)).to(device)
         values = torch.from_numpy(codes.data.astype(np.float32)).to(device)
         starts = torch.from_numpy(codes.indptr[:-1].astype(np.int64)).to(device)
-        if self._norms is not None:
-            values = values / self._norms[columns]
         out = torch.nn.functional.embedding_bag(columns, self.sae.W_dec, starts, mode="sum", per_sample_weights=values)
         out = out + self.sae.b_dec
         if x is None:
@@ -232,8 +227,24 @@ class Dictionary:
 
     def directions(self) -> np.ndarray:
         """What one unit of each feature adds to the reconstruction, float32 [n_features, d_model]."""
-        rows = self.sae.W_dec if self._norms is None else self.sae.W_dec / self._norms[:, None]
-        return rows.float().cpu().numpy()
+        return self.sae.W_dec.float().cpu().numpy()
+
+
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and columns [rows, k] of the ``k`` largest entries of each row, in no order, as ``torch.topk`` finds them.
+
+    The k largest lie in the k groups with the largest maxima, so only those groups are searched: a maximum over the
+    whole row is four times as fast as a selection.
+    """
+    rows, width = x.shape
+    if width % GROUP or width < 4 * GROUP * k:
+        return tuple(torch.topk(x, k, dim=-1, sorted=False))
+    # Column c belongs to group c mod (width / GROUP): maxima of whole stretches of a row use vector instructions.
+    grouped = x.view(rows, GROUP, -1)
+    groups = torch.topk(grouped.amax(1), k, dim=-1, sorted=False).indices
+    found = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1)).view(rows, -1)
+    values, at = torch.topk(found, k, dim=-1, sorted=False)
+    return values, groups.gather(1, at % k) + at.div(k, rounding_mode="floor") * (width // GROUP)
 
 
 def _release(rest: str, ref: str) -> tuple[str, str]:

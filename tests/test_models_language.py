@@ -92,6 +92,19 @@ def test_capture_does_not_depend_on_batching(language: LanguageModel, ids: list[
     assert language.capture([[], ids[0]], 1)[0].shape == (0, language.d_model)
 
 
+def test_a_shared_beginning_runs_once(language: LanguageModel, ids: list[list[int]]) -> None:
+    begin = [5, 9, 7]
+    lines = [begin + line for line in ids] + [[]]
+    whole = language.capture(lines, 2)
+    tokens = []
+    with language.family.site(language.model, 1).register_forward_hook(lambda _m, _a, out: tokens.append(len(out[0]))):
+        for rows, hidden in language.stream(lines, 2, token_budget=64, shared=3):
+            for i, states in zip(rows, hidden, strict=True):
+                torch.testing.assert_close(states[: len(ids[i])], whole[i][3:], rtol=1e-4, atol=1e-5)
+    assert tokens[0] == 3 and max(tokens[1:]) <= max(map(len, ids))
+    assert not list(language.stream([[], []], 2, shared=2))
+
+
 def test_capture_refuses_other_layers(language: LanguageModel, ids: list[list[int]]) -> None:
     for layer in (-1, 4):
         with pytest.raises(TransferError, match=r"layers 0 \(embeddings\) to 3"):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
-from models.sae import Dictionary
+from models.sae import Dictionary, largest
 from transfer.core.errors import TransferError
 from transfer.core.files import write_json
 
@@ -121,6 +123,17 @@ def test_memory_stays_within_the_chunk(tmp_path: Path) -> None:
     finally:
         torch.topk = inner
     assert len(sizes) == 10 and max(sizes) <= 4 * WIDTH * 10
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.sampled_from([64, 512, 4096, 1000]), st.integers(0, 2**16), st.booleans())
+def test_largest_entries_equal_a_full_selection(k: int, width: int, seed: int, coarse: bool) -> None:
+    x = torch.randn(7, width, generator=torch.Generator().manual_seed(seed))
+    x = x.round() if coarse else x  # many ties: the values are still the k largest
+    values, columns = largest(x, k)
+    assert torch.equal(values.sort(-1).values, torch.topk(x, k).values.flip(-1))
+    assert torch.equal(x.gather(1, columns), values)
+    assert all(len(set(row.tolist())) == k for row in columns)
 
 
 def test_facts_and_card(tmp_path: Path) -> None:

@@ -66,13 +66,13 @@ def case(name: str, adapter: Adapter, corpus: Corpus, rounds: int) -> None:
     def stop(*_: object) -> None:
         raise Stop
 
-    # The same batches for the limit and the first peer: sorted by length, 2,048 padded tokens (the fastest on CPU).
+    # The same batches for the limit and the first peer: sorted by length, 1,024 padded tokens (the fastest on CPU).
     order = np.argsort([len(r.ids) for r in rendered], kind="stable")
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     start = 0
     while start < len(order):
         end = start + 1
-        while end < len(order) and (end + 1 - start) * len(rendered[order[end]].ids) <= 2048:
+        while end < len(order) and (end + 1 - start) * len(rendered[order[end]].ids) <= 1024:
             end += 1
         rows = [rendered[i].ids for i in order[start:end]]
         width = max(map(len, rows))
