@@ -23,7 +23,12 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n 2
 
-bench: $(VENV)/.ready
+# Peers that are compared with where they install.
+$(VENV)/.bench: $(VENV)/.ready
+	-HF_HUB_OFFLINE= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: $(VENV)/.bench
 	$(BIN)/python -m tests.benchmarks.run
 
 lint: $(VENV)/.ready

@@ -14,7 +14,7 @@ from aligners.correlation import dims
 from aligners.fused import FusedAligner
 from aligners.topk import fast_dtype, unit_rows
 from tests.benchmarks import topk
-from tests.benchmarks.case import row, seconds
+from tests.benchmarks.case import row, seconds, watched
 from tests.benchmarks.stitch import product_rate
 from transfer.core.objects import FeatureSpace, FeatureView, PairedActivations
 
@@ -93,7 +93,7 @@ def case(n: int, d_src: int, d_tgt: int, rows: int) -> None:
     """One size; the limit is the bare products: the residuals' covariances and all pairs of the common space."""
     source, target, pairs, truth = planted(n, d_src, d_tgt, rows)
     found: list[FusedAligner] = []
-    taken = seconds(lambda: found.append(FusedAligner().fit(source, target, pairs=pairs)))
+    taken = watched(lambda: found.append(FusedAligner().fit(source, target, pairs=pairs)))
     matches = found[0].alignment_.matches
     kept = matches["q_value"] <= 0.05
     wanted = np.full(n, -1)

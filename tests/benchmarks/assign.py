@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from aligners.sparse_assignment import Edges, extent, sparse_one_to_one
-from tests.benchmarks.case import measure, row, seconds
+from tests.benchmarks.case import measure, row, seconds, watched
 
 FLOOR = 0.1
 COPY_BYTES = 256 * 2**20
@@ -67,7 +67,7 @@ def partial(n: int, degree: int) -> None:
     """Ours against one block of scipy, once each, and both totals; the limit is one pass over the edges."""
     graph = candidates(n, degree)
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    ours = seconds(lambda: found.append(sparse_one_to_one(graph, FLOOR)))
+    ours = watched(lambda: found.append(sparse_one_to_one(graph, FLOOR)))
     peer = seconds(lambda: found.append(one_block(graph, FLOOR)))
     row(
         f"assign.partial-{n}", n / ours, "scipy sparse matching, one block", n / peer, "features/s", n / one_pass(graph)

@@ -15,7 +15,7 @@ import torch
 
 from aligners.coactivation import PairedCodes, joint_blocks
 from aligners.partners import top_partners
-from tests.benchmarks.case import row, seconds
+from tests.benchmarks.case import row, seconds, watched
 
 ACTIVE = 20
 
@@ -64,7 +64,7 @@ def case(rows: int, n: int) -> None:
         a, b = (codes(Path(name), side, rows, n, seed) for seed, side in enumerate("ab"))
         limit = addition_rate(rows, n)
         paired = PairedCodes.of([(a, b)])
-        speed = paired.events / seconds(lambda: top_partners(paired, 16, "phi")) / 1e6
+        speed = paired.events / watched(lambda: top_partners(paired, 16, "phi")) / 1e6
         few = min(rows, 200_000)
         x, y = sp.csr_matrix(a[:few].T), b[:few]
         peer = few * ACTIVE * ACTIVE / seconds(lambda: x @ y) / 1e6
@@ -90,7 +90,7 @@ def small(rows: int = 20_000, n: int = 8192) -> None:
                 pass
 
         name = f"torch float32 dense product ({part} of {n} source features); 65,536 × 100,000 rows: 26 GB a side"
-        row(f"corr.{n}-20k", paired.events / seconds(ours) / 1e6, name, dense, "M MAC/s", addition_rate(rows, n))
+        row(f"corr.{n}-20k", paired.events / watched(ours) / 1e6, name, dense, "M MAC/s", addition_rate(rows, n))
 
 
 def main() -> None:

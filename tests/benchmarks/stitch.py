@@ -1,4 +1,4 @@
-"""Maps between residual streams: useful GFLOP/s end to end against the bare product (the limit) and numpy's lstsq.
+"""Maps between residual streams: useful GFLOP/s end to end against the bare product (the limit) and sklearn's Ridge.
 
 Useful work is that of the normal equations, 2·rows·(d_src² + d_src·d_tgt), with d_tgt² more where both sides are
 whitened; reading, outliers, the inner split and the solvers are overhead.
@@ -7,10 +7,11 @@ whitened; reading, outliers, the inner split and the solvers are overhead.
 from __future__ import annotations
 
 import numpy as np
+from sklearn.linear_model import Ridge
 
 from aligners.canonical import canonical_coordinates
 from aligners.maps import WIDE, SplitSums, blocks_of, fit_blocks
-from tests.benchmarks.case import row, seconds
+from tests.benchmarks.case import row, seconds, watched
 
 
 def streams(rows: int, d_src: int, d_tgt: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -37,21 +38,18 @@ def case(rows: int, d_src: int, d_tgt: int) -> None:
     both = work + 2 * rows * d_tgt**2 / 1e9
     limit = product_rate(d_src, d_tgt, np.float32 if max(d_src, d_tgt) >= WIDE else np.float64)
     blocks = blocks_of(x, y, docs)
-    ridge = work / seconds(lambda: fit_blocks(blocks))
-    canonical = both / seconds(lambda: canonical_coordinates(SplitSums.of(blocks, full=True).total))
-    part = min(rows, 4 * d_src)  # all rows would take minutes; the rate is that of the normal equations' work
-    peer = (
-        (part / rows)
-        * work
-        / seconds(lambda: np.linalg.lstsq(x[:part].astype(np.float32), y[:part].astype(np.float32), rcond=None))
-    )
+    ridge = work / watched(lambda: fit_blocks(blocks))
+    canonical = both / watched(lambda: canonical_coordinates(SplitSums.of(blocks, full=True).total))
+    part = min(rows, 16 * d_src)  # the rate is that of the normal equations' work
+    ours, theirs = x[:part].astype(np.float32), y[:part].astype(np.float32)
+    peer = part / rows * work / seconds(lambda: Ridge(solver="cholesky").fit(ours, theirs))
     name = f"{rows}x{d_src}x{d_tgt}"
-    words = f"numpy lstsq, {part} rows"
+    words = f"scikit-learn Ridge, one strength, no held-out score ({part} rows)"
     row(f"stitch.ridge-{name}", ridge, words, peer, "GFLOP/s", limit)
     row(f"stitch.canonical-{name}", canonical, words, peer, "GFLOP/s", limit)
 
 
 def main() -> None:
-    """Zoo-like and 8B-like widths; fewer rows for the latter, where rows only add products."""
+    """Zoo-like widths, and wide ones with fewer rows, where rows only add products."""
     case(200_000, 192, 160)
-    case(16_384, 4096, 3584)
+    case(32_768, 2048, 1792)

@@ -5,12 +5,14 @@ Planted: every target is a noisy copy of one source row, at cosine 0.75. Recall 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import torch
 
 from aligners.csls import csls_nearest
 from aligners.topk import TopK, fast_dtype, topk_cosine, unit_rows
-from tests.benchmarks.case import row, seconds
+from tests.benchmarks.case import row, seconds, watched
 
 K = 32
 BLOCK = 2048
@@ -64,7 +66,7 @@ def case(n: int, d: int) -> None:
     dtype = fast_dtype("auto")
     found: list[TopK] = []
     before = product_rate(n, d, dtype)
-    taken = seconds(lambda: found.append(topk_cosine(x, y, K)))
+    taken = watched(lambda: found.append(topk_cosine(x, y, K)))
     limit = max(before, product_rate(n, d, dtype))
     part = BLOCK
     source, target = torch.from_numpy(x[:part]), torch.from_numpy(y)
@@ -84,14 +86,39 @@ def small(n: int = 8192, d: int = 1024) -> None:
     index = NearestNeighbors(n_neighbors=K, algorithm="brute", metric="cosine").fit(y)
     work = 2 * n * n * d / 1e9
     peer = work / seconds(lambda: index.kneighbors(x[: n // 8])) / 8
-    ours = work / seconds(lambda: topk_cosine(x, y, K))
+    ours = work / watched(lambda: topk_cosine(x, y, K))
     name = "scikit-learn NearestNeighbors, brute, rows only (an eighth of them)"
     row(f"topk.{n}x{n}x{d}", ours, name, peer, "GFLOP/s", product_rate(n, d, fast_dtype("auto")))
 
 
+def flat_index(n: int = 16_384, d: int = 1024) -> None:
+    """Against faiss, where it is installed: its flat index, one search each way, on a part of the rows."""
+    if find_spec("faiss") is None:
+        return
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    x, y, _ = dictionaries(n, d)
+    part = n // 8
+
+    def both(x: np.ndarray, y: np.ndarray) -> None:
+        for queries, rows in ((x, y), (y, x)):
+            index = faiss.IndexFlatIP(d)
+            index.add(rows)
+            index.search(queries[:part], K)
+
+    x, y = unit_rows(x), unit_rows(y)
+    work = 2 * n * n * d / 1e9
+    peer = work / seconds(lambda: both(x, y)) / 8
+    ours = work / watched(lambda: topk_cosine(x, y, K))
+    name = "faiss IndexFlatIP, both ways (an eighth of the rows)"
+    row(f"topk.{n}x{n}x{d}", ours, name, peer, "GFLOP/s", product_rate(n, d, fast_dtype("auto")))
+
+
 def main() -> None:
-    """Four sizes, the largest dictionaries of the models this suite is for among them."""
+    """Five sizes, the largest dictionaries of the models this suite is for among them."""
     small()
+    flat_index()
     case(65_536, 1024)
     case(131_072, 1024)
     case(65_536, 4096)
