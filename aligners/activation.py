@@ -5,7 +5,9 @@ from __future__ import annotations
 from aligners.assignment import Rule, select
 from aligners.base import Aligner, coupling_of, match_columns
 from aligners.correlation import Codes, correlation_blocks, listed_correlations, usable_features
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.alignment import Alignment
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 
 class ActivationAligner(Aligner):

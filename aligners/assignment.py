@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 
 from aligners.base import match_columns
 from aligners.topk import TopK, topk_blocks
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment
 
 Rule = Literal["mutual", "one_to_one"]
 DENSE_LIMIT = 4096

@@ -10,8 +10,8 @@ from jaxtyping import Int
 
 from aligners.correlation import dims
 from aligners.families import wilson
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment
 from transfer.core.stats import Interval, mean_interval
 
 ROWS = 1024

@@ -12,8 +12,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from aligners.correlation import dims
+from transfer.core.alignment import MATCH_COLUMNS, Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import MATCH_COLUMNS, Alignment, FeatureView, PairedActivations
+from transfer.core.rows import Rows
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 CHECK_ROWS = 4096
 """Rows looked at in one go when arrays are checked for NaN."""
@@ -167,7 +170,7 @@ def coupling_of(matches: dict[str, np.ndarray], shape: tuple[int, int]) -> sp.cs
     return sp.csr_matrix((mass, (matches["source"], matches["target"])), shape=shape)
 
 
-def check_finite(values: np.ndarray, what: str) -> None:
+def check_finite(values: Rows, what: str) -> None:
     """Raise when an array holds NaN or infinity; block by block, so that no mask of its size is built.
 
     Raises:

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from aligners.correlation import Codes, dims, listed_correlations
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, PairedActivations
+from transfer.core.store import PairedActivations
 
 HELDOUT_SUPPORT = 5
 """Held-out rows that both features of a match must fire on (each for itself) to be testable."""

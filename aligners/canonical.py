@@ -11,6 +11,7 @@ from aligners.maps import SplitSums, Sums, blocks_of
 from aligners.seeded import NEIGHBOURS, centred
 from aligners.topk import TopK, topk_cosine
 from transfer.core.errors import TransferError
+from transfer.core.rows import Rows
 
 RIDGE = 0.03
 """Added to both covariances before whitening, as a share of their mean variance; chosen on the zoo."""
@@ -54,13 +55,13 @@ class CanonicalSpace:
 
 
 def canonical_space(
-    x: Float[np.ndarray, "n_src d_src"],
-    y: Float[np.ndarray, "n_tgt d_tgt"],
-    residual_x: Float[np.ndarray, "rows d_src"],
-    residual_y: Float[np.ndarray, "rows d_tgt"],
+    x: Rows,
+    y: Rows,
+    residual_x: Rows,
+    residual_y: Rows,
     docs: Int[np.ndarray, " rows"],
 ) -> CanonicalSpace:
-    """Bring the directions ``x`` and ``y`` into the canonical coordinates of the two residual streams.
+    """Bring the directions ``x`` [n_src, d_src] and ``y`` [n_tgt, d_tgt] into the canonical coordinates of two streams.
 
     Unlike through a map from one side to the other, cosines are the same both ways round, and the width is at most
     ``RANK``. On the zoo, pairs that are sure from held-out activations stand out from unrelated ones by 5.2–5.8
@@ -128,10 +129,10 @@ def canonical_coordinates(
     return (*into, rho)
 
 
-def _moved(x: Float[np.ndarray, "n d"], matrix: Float[np.ndarray, "d r"]) -> Float[np.ndarray, "n r"]:
+def _moved(x: Rows, matrix: Float[np.ndarray, "d r"]) -> Float[np.ndarray, "n r"]:
     """Centred unit rows of ``x @ matrix``."""
     if x.shape[1] < SINGLE_FROM:
-        return centred(x.astype(np.float64) @ matrix)
+        return centred(np.asarray(x[:], dtype=np.float64) @ matrix)
     moved = np.empty((len(x), matrix.shape[1]), dtype=np.float32)
     narrow = matrix.astype(np.float32)
     for start in range(0, len(x), BLOCK):

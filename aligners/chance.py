@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from aligners.base import Aligner, coupling_of, match_columns
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.alignment import Alignment
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 
 class RandomAligner(Aligner):

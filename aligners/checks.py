@@ -13,8 +13,10 @@ import scipy.sparse as sp
 from aligners.base import Aligner
 from aligners.metrics import agreement
 from aligners.planted import Planted, planted_pair
+from transfer.core.alignment import MATCH_COLUMNS, Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import MATCH_COLUMNS, Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 Check = Callable[[Aligner, Planted], None]
 
@@ -151,7 +153,7 @@ def refuses_bad_input(aligner: Aligner, case: Planted) -> None:
     fewer = dataclasses.replace(case.pairs, source=case.pairs.source[:, :-1])
     assert_refused(lambda: fresh(aligner).fit(case.source, case.target, pairs=fewer), "missing paired features")
     if case.pairs.source_residual is not None:
-        spoilt = case.pairs.source_residual.copy()
+        spoilt = case.pairs.source_residual[:].copy()
         spoilt[3, 0] = np.inf
         pairs = dataclasses.replace(case.pairs, source_residual=spoilt)
         assert_refused(lambda: fresh(aligner).fit(case.source, case.target, pairs=pairs), "infinite residual")
@@ -208,8 +210,8 @@ def agrees_across_precision(aligner: Aligner, case: Planted) -> None:
         sp.csr_matrix(p.source, dtype=np.float64),
         sp.csr_matrix(p.target, dtype=np.float64),
         p.docs,
-        None if p.source_residual is None else p.source_residual.astype(np.float64),
-        None if p.target_residual is None else p.target_residual.astype(np.float64),
+        None if p.source_residual is None else p.source_residual[:].astype(np.float64),
+        None if p.target_residual is None else p.target_residual[:].astype(np.float64),
     )
     assert_same(
         _fit(fresh(aligner), case),
@@ -275,7 +277,7 @@ def _arrays(case: Planted) -> list[np.ndarray]:
     for codes in (p.source, p.target):
         found += [codes.data, codes.indices, codes.indptr]
     optional = (case.source.unembedding, case.target.unembedding, p.source_residual, p.target_residual)
-    return found + [a for a in optional if a is not None]
+    return found + [a[:] for a in optional if a is not None]
 
 
 def _empty(view: FeatureView) -> FeatureView:

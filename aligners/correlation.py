@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from aligners.topk import BLOCK_BYTES, TopK, block_rows, topk_blocks
 from transfer.core.errors import TransferError
-from transfer.core.objects import PairedActivations
+from transfer.core.store import PairedActivations
 
 ALWAYS_ON = 0.5
 """A feature that fires on more than this share of the rows says nothing about where it fires."""

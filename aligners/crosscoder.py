@@ -19,8 +19,10 @@ from aligners.latent_scaling import latent_scaling
 from aligners.maps import OUTLIER
 from aligners.relative import usable_directions
 from aligners.topk import topk_cosine
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 BLOCK = 4096
 """Rows encoded at once."""
@@ -271,7 +273,7 @@ class CrosscoderAligner(Aligner):
     def _fit(self, source: FeatureView, target: FeatureView, pairs: PairedActivations | None) -> Alignment:
         assert pairs is not None and pairs.source_residual is not None and pairs.target_residual is not None
         src, tgt, counts = usable_directions(source, target, pairs, self.min_support)
-        x, y = pairs.source_residual, pairs.target_residual
+        x, y = pairs.source_residual[:], pairs.target_residual[:]  # batches are drawn from all of them
         training = {name: value for name, value in self.get_params().items() if name != "min_support"}
         trained = train_crosscoder(x, y, **training)
         model = trained.crosscoder

@@ -14,8 +14,10 @@ from aligners.canonical import canonical_coordinates
 from aligners.correlation import usable_features
 from aligners.maps import Kind, SplitSums, best_map, blocks_of, check_kind
 from aligners.topk import inner_blocks, neighbour_means, topk_blocks, unit_rows
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 Via = Literal["map", "unembedding", "same"]
 NEIGHBOURS = 10

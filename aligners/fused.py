@@ -18,8 +18,11 @@ from aligners.partners import Partners, top_partners
 from aligners.seeded import SETTLED, SeededMap, difference, seeded_map
 from aligners.selection import Rule, mutual_best, select_edges
 from aligners.topk import TopK
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.rows import ChosenRows, Rows
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 Geometry = Literal["auto", "residuals", "pairs"]
 RANKS = (1, 2, 4, 8)
@@ -147,13 +150,13 @@ def fuse_through_pairs(
 
 
 def fuse_through_residuals(
-    x: Float[np.ndarray, "n_src d_src"],
-    y: Float[np.ndarray, "n_tgt d_tgt"],
+    x: Rows,
+    y: Rows,
     codes: PairedCodes,
     k: int,
     max_iter: int,
-    residual_x: Float[np.ndarray, "rows d_src"],
-    residual_y: Float[np.ndarray, "rows d_tgt"],
+    residual_x: Rows,
+    residual_y: Rows,
     docs: Int[np.ndarray, " rows"],
 ) -> Fusion:
     """Learn the space from the residuals of paired positions; no feature pair is used, so none is judged by itself.
@@ -291,7 +294,7 @@ class FusedAligner(Aligner):
             raise TransferError(f"Unknown geometry {self.geometry!r}.", "Use 'auto', 'residuals' or 'pairs'.")
         left, right, info = usable_features(pairs, self.min_support)
         src, tgt = (
-            ids[np.linalg.norm(view.directions[ids], axis=1) > 0]
+            ids[np.einsum("nd,nd->n", view.directions, view.directions)[ids] > 0]
             for ids, view in ((left.ids, source), (right.ids, target))
         )
         if not len(src) or not len(tgt):
@@ -300,7 +303,7 @@ class FusedAligner(Aligner):
         info["zero_directions_target"] = len(right.ids) - len(tgt)
         info["testable_source"], info["testable_target"] = len(src), len(tgt)
         codes = PairedCodes.of([(sp.csr_matrix(pairs.source[:, src]), sp.csr_matrix(pairs.target[:, tgt]))])
-        x, y = source.directions[src], target.directions[tgt]
+        x, y = ChosenRows(source.directions, src), ChosenRows(target.directions, tgt)
         kept_residuals = pairs.source_residual is not None and pairs.target_residual is not None
         if kept_residuals and self.geometry != "pairs":
             assert pairs.source_residual is not None and pairs.target_residual is not None
@@ -308,7 +311,7 @@ class FusedAligner(Aligner):
                 x, y, codes, self.k, self.max_iter, pairs.source_residual, pairs.target_residual, pairs.docs
             )
         else:
-            fused = fuse_through_pairs(x, y, codes, self.k, self.max_iter)
+            fused = fuse_through_pairs(x[:], y[:], codes, self.k, self.max_iter)
         edges, confidence = fused.edges, fused.judged.confidence
         chosen = select_edges(
             edges.source,

@@ -18,8 +18,10 @@ from aligners.relative import reference_pairs, relative_rows, restricted, usable
 from aligners.seeded import centred
 from aligners.sinkhorn import keep_largest, typical
 from aligners.topk import topk_blocks
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 Start = Literal["pairs", "cold"]
 SIMPLEX_STEPS = 10_000_000

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from transfer.core.errors import TransferError
+from transfer.core.rows import Rows
 
 Kind = Literal["ridge", "procrustes", "cca"]
 Block = tuple[Float[np.ndarray, "rows d_src"], Float[np.ndarray, "rows d_tgt"], Int[np.ndarray, " rows"]]
@@ -26,7 +27,7 @@ WIDE = 2048
 """Width from which a block's products are taken in float32, about its mean, and only added up in float64: 2–3 × as
 fast, and the error (1e-6 of a variance) is far below any ridge."""
 BLOCK = 4096
-"""Positions in a block where the residuals are in memory as a whole."""
+"""Positions read at once."""
 
 
 @dataclass(frozen=True)
@@ -191,29 +192,41 @@ class ResidualMap:
 
 
 def fit_map(
-    x: Float[np.ndarray, "rows d_src"],
-    y: Float[np.ndarray, "rows d_tgt"],
+    x: Rows,
+    y: Rows,
     docs: Int[np.ndarray, " rows"],
     *,
     kind: Kind = "ridge",
     strengths: tuple[float, ...] = STRENGTHS,
     seed: int = 0,
 ) -> ResidualMap:
-    """``fit_blocks`` on residuals that are in memory (or mapped into it)."""
+    """``fit_blocks`` on paired residuals [rows, d_src] and [rows, d_tgt]."""
     return fit_blocks(blocks_of(x, y, docs), kind=kind, strengths=strengths, seed=seed)
 
 
-def blocks_of(
-    x: Float[np.ndarray, "rows d_src"], y: Float[np.ndarray, "rows d_tgt"], docs: Int[np.ndarray, " rows"]
-) -> list[Block]:
-    """Views of ``BLOCK`` rows each.
+@dataclass(frozen=True, eq=False)
+class PairedBlocks:
+    """Paired rows, ``BLOCK`` at a time; read anew each time they are gone through."""
+
+    x: Rows
+    y: Rows
+    docs: Int[np.ndarray, " rows"]
+
+    def __iter__(self) -> Iterator[Block]:
+        """Source rows, target rows and documents of each block."""
+        for i in range(0, len(self.docs), BLOCK):
+            yield self.x[i : i + BLOCK], self.y[i : i + BLOCK], self.docs[i : i + BLOCK]
+
+
+def blocks_of(x: Rows, y: Rows, docs: Int[np.ndarray, " rows"]) -> PairedBlocks:
+    """Blocks of paired rows [rows, d_src] and [rows, d_tgt].
 
     Raises:
         TransferError: When rows differ.
     """
     if not len(x) == len(y) == len(docs):
         raise TransferError(f"A map needs paired rows, got {len(x)} source, {len(y)} target and {len(docs)} documents.")
-    return [(x[i : i + BLOCK], y[i : i + BLOCK], docs[i : i + BLOCK]) for i in range(0, len(x), BLOCK)]
+    return PairedBlocks(x, y, docs)
 
 
 def fit_blocks(

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 
 from aligners.correlation import dims
 from transfer.core.errors import TransferError
-from transfer.core.objects import FeatureSpace, FeatureView, PairedActivations
+from transfer.core.space import FeatureSpace, FeatureView
+from transfer.core.store import PairedActivations
 
 TOPICS = 12
 """Groups of concepts; a document has one."""

@@ -16,8 +16,10 @@ from aligners.csls import csls_nearest
 from aligners.partners import Partners, top_partners
 from aligners.sparse_assignment import sparse_one_to_one
 from aligners.topk import TopK, topk_cosine, unit_rows
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 NEIGHBOURS = 10
 """Partners in the lists of CSLS and of the assignment."""

@@ -16,8 +16,10 @@ from aligners.base import Aligner, match_columns
 from aligners.correlation import Codes, correlation_blocks, usable_features
 from aligners.decoder import Comparable, comparable, decoder_needs, hub_means
 from aligners.topk import topk_blocks
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 Cost = Literal["activation", "map", "unembedding", "fused"]
 KEEP = 8

@@ -8,8 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from aligners.base import Aligner
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 
 @dataclass(frozen=True)

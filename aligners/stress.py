@@ -10,7 +10,8 @@ import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 
 from transfer.core.errors import TransferError
-from transfer.core.objects import FeatureSpace, FeatureView, PairedActivations
+from transfer.core.space import FeatureSpace, FeatureView
+from transfer.core.store import PairedActivations
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 
 from aligners.correlation import dims
 from transfer.core.errors import TransferError
-from transfer.core.objects import ActivationStore, PairedActivations
+from transfer.core.rows import Rows, chosen
+from transfer.core.store import ActivationStore, PairedActivations
 
 Pooling = Literal["last", "max", "mean", "sum"]
 """How the tokens between two shared boundaries become one row; ``last`` takes the boundary's own token only."""
@@ -127,12 +128,12 @@ def pool_codes(
 
 
 def pool_residuals(
-    residuals: Float[np.ndarray, "tokens d_model"],
+    residuals: Rows,
     starts: Int[np.ndarray, " pairs"],
     rows: Int[np.ndarray, " pairs"],
     how: Pooling,
 ) -> Float[np.ndarray, "pairs d_model"]:
-    """Residuals of the same spans: the last token's with ``last``, otherwise their mean, in float32.
+    """Residuals [tokens, d_model] of the same spans: the last token's with ``last``, otherwise their mean, in float32.
 
     A residual is a point of a space, not an amount: its coordinate-wise maximum is no point that the model ever visits,
     and a sum grows with the number of tokens, which the two tokenizers do not share. So the mean goes with ``max``,
@@ -193,8 +194,8 @@ def pair_stores(
     With another ``pool`` than ``last`` a row stands for the tokens since the shared boundary before it, on either side:
     exactly the same bytes, cut differently (``pool_codes``, ``pool_residuals``).
 
-    Memory: the codes of the shared rows, plus (rows × d_model) float16 for each residual, and when those are pooled
-    (tokens × d_model) float16 and (rows × d_model) float32.
+    Memory: the codes of the shared rows. Residuals stay on disk and are read where they are sliced; pooled ones take
+    (rows × d_model) float32.
 
     Raises:
         TransferError: When the stores hold different corpora, share no position, or keep no residuals.
@@ -217,7 +218,7 @@ def pair_stores(
         if not residuals:
             points.append(None)
         elif pool == "last":
-            points.append(store.residual_rows(rows))
+            points.append(chosen(store.residuals, rows))
         else:
             points.append(pool_residuals(store.residuals, starts, rows, pool))
     return PairedActivations(codes[0], codes[1], a.token_docs[rows_a], points[0], points[1])

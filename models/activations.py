@@ -13,7 +13,8 @@ from models.adapter import Adapter, max_over_tokens
 from transfer.core.console import progress
 from transfer.core.errors import TransferError
 from transfer.core.files import save_arrays, write_json
-from transfer.core.objects import SCHEMA, ActivationStore, digest
+from transfer.core.keys import SCHEMA, digest
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 
 _LARGEST = np.finfo(np.float16).max

@@ -16,7 +16,7 @@ from models.language import LanguageModel
 from models.sae import Dictionary
 from models.tokens import Rendered
 from transfer.core.errors import TransferError
-from transfer.core.objects import FeatureSpace
+from transfer.core.space import FeatureSpace
 
 
 @dataclass(frozen=True, eq=False)

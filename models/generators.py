@@ -17,7 +17,7 @@ import numpy as np
 from models.zoo.corpus import request_list
 from transfer.core.console import progress
 from transfer.core.errors import StageError, TransferError
-from transfer.core.objects import digest
+from transfer.core.keys import digest
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from models.refs import local, parse
 from models.tokens import Rendered, Renderer
 from transfer.core.errors import TransferError
 from transfer.core.files import file_hash, read_json
-from transfer.core.objects import digest
+from transfer.core.keys import digest
 
 SCHEMES = {"zoo": "zoo:<name>", "path": "path:<folder>", "hub": "hub:<org/name>@<revision>"}
 _FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "chat_template*", "special_tokens*")

@@ -14,7 +14,7 @@ from models.adapter import Adapter
 from models.language import LanguageModel
 from models.sae import Dictionary
 from transfer.core.errors import TransferError
-from transfer.core.objects import digest
+from transfer.core.keys import digest
 
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

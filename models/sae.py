@@ -15,7 +15,7 @@ from torch import Tensor
 from models.refs import local, parse
 from transfer.core.errors import TransferError
 from transfer.core.files import file_hash, read_json
-from transfer.core.objects import digest
+from transfer.core.keys import digest
 
 SCHEMES = {"zoo": "zoo:<name>/<folder>", "path": "path:<folder or .pth>", "saelens": "saelens:<release>/<sae_id>"}
 RULES = {"topk": "topk-{k}", "standard": "relu", "jumprelu": "jumprelu", "gated": "gated"}
@@ -238,13 +238,38 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     rows, width = x.shape
     if width % GROUP or width < 4 * GROUP * k:
-        return tuple(torch.topk(x, k, dim=-1, sorted=False))
+        whole = torch.topk(x, k, dim=-1, sorted=False)
+        return whole.values, whole.indices
     # Column c belongs to group c mod (width / GROUP): maxima of whole stretches of a row use vector instructions.
     grouped = x.view(rows, GROUP, -1)
     groups = torch.topk(grouped.amax(1), k, dim=-1, sorted=False).indices
     found = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1)).view(rows, -1)
     values, at = torch.topk(found, k, dim=-1, sorted=False)
     return values, groups.gather(1, at % k) + at.div(k, rounding_mode="floor") * (width // GROUP)
+
+
+def decoder_rows(ref: str) -> tuple[np.ndarray, str]:
+    """What ``Dictionary.load(ref)`` has as ``directions()`` and ``hash``; of a folder, only the decoder is read.
+
+    Raises:
+        TransferError: As ``Dictionary.load``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    scheme, rest = parse(ref, SCHEMES, "SAE")
+    folder = None if scheme == "saelens" else local(scheme, rest, ref, "SAE")
+    files = [] if folder is None else [folder / "cfg.json", folder / "sae_weights.safetensors"]
+    if not files or not all(file.is_file() for file in files):
+        dictionary = Dictionary.load(ref)
+        return dictionary.directions(), dictionary.hash
+    try:
+        with safe_open(files[1], "pt") as weights:
+            rows = weights.get_tensor("W_dec").float()
+    except SafetensorError as error:
+        raise TransferError(f"{ref} could not be loaded ({error}).") from error
+    if read_json(files[0]).get("rescale_acts_by_decoder_norm"):
+        rows /= rows.norm(dim=-1, keepdim=True)
+    return rows.numpy(), file_hash(*files)
 
 
 def _release(rest: str, ref: str) -> tuple[str, str]:

@@ -21,9 +21,10 @@ from transfer import align_cli, artefact
 from transfer.__main__ import main
 from transfer.artefact import HELDOUT, NEW
 from transfer.cli import app
-from transfer.core import objects
+from transfer.core import alignment as alignment_file
+from transfer.core.alignment import ALIGNMENT_SCHEMA, MATCH_COLUMNS, Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import ALIGNMENT_SCHEMA, MATCH_COLUMNS, Alignment, text_key
+from transfer.core.keys import text_key
 from transfer.corpus import load_corpus
 from transfer.export import LEAST_MASS
 from transfer.methods import METHODS, make_aligner
@@ -376,7 +377,7 @@ def test_an_interrupted_save_leaves_the_artefact_as_it_was(copy: Path, monkeypat
     def killed(path: Path, value: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(objects, "write_json", killed)
+    monkeypatch.setattr(alignment_file, "write_json", killed)
     changed = dataclasses.replace(before, matches={**before.matches, "score": before.matches["score"] / 2})
     with pytest.raises(KeyboardInterrupt):
         changed.save(copy)

@@ -22,8 +22,9 @@ from aligners.decoder import DecoderAligner
 from aligners.metrics import agreement
 from aligners.planted import Planted, planted_pair
 from aligners.sinkhorn import SinkhornAligner
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, PairedActivations
+from transfer.core.store import PairedActivations
 
 
 def fit_and_score(case: Planted, seed: int = 0, n_null: int = 20) -> Alignment:

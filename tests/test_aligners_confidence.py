@@ -17,8 +17,8 @@ from aligners.metrics import agreement, brier_score, false_share, is_right, reli
 from aligners.planted import planted_pair
 from aligners.selection import mutual_best
 from aligners.stress import STRESS, StressPair, stress_pair
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment
 
 SMALL = STRESS.scaled(0.1, noise=0.4, d_source=96, d_target=128)
 

@@ -16,8 +16,10 @@ from aligners.decoder import DecoderAligner
 from aligners.fused import FusedAligner
 from aligners.planted import Planted, planted_pair
 from aligners.sinkhorn import SinkhornAligner
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 
 ALIGNERS: list[Aligner] = [
     FusedAligner(),

@@ -14,8 +14,9 @@ from aligners.associativity import associativity
 from aligners.base import coupling_of, match_columns
 from aligners.families import families, match_graph, shares, wilson
 from aligners.metrics import Agreement, agreement
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureSpace
+from transfer.core.space import FeatureSpace
 
 
 def space(name: str) -> FeatureSpace:

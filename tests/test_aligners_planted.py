@@ -101,7 +101,7 @@ def test_rotated_rescaled_permuted_identity() -> None:
         case.pairs,
         target=codes,
         source_residual=case.pairs.source_residual,
-        target_residual=case.pairs.source_residual @ basis,
+        target_residual=case.pairs.source_residual[:] @ basis,
     )
     truth = np.stack([order, np.arange(n)], axis=1)
     aligners = [ActivationAligner(), DecoderAligner(), DecoderAligner(via="unembedding"), SinkhornAligner()]

@@ -30,7 +30,7 @@ from aligners.partners import Partners, shift_null, top_partners
 from aligners.sparse_partners import few_events, flipped, meeting_partners
 from aligners.topk import BYTES_PER_PAIR, inner_blocks, neighbour_means, topk_blocks, topk_cosine, unit_rows
 from transfer.core.errors import TransferError
-from transfer.core.objects import PairedActivations
+from transfer.core.store import PairedActivations
 
 
 def dense_topk(similarity: np.ndarray, k: int) -> np.ndarray:

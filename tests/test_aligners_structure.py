@@ -18,8 +18,9 @@ from aligners.metrics import agreement, is_right
 from aligners.planted import Planted, planted_pair
 from aligners.relative import RelativeAligner, reference_pairs, relative_rows, restricted
 from aligners.stress import STRESS, StressPair, stress_pair
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, PairedActivations
+from transfer.core.store import PairedActivations
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from aligners import tokens as module
 from aligners.tokens import Pooling, pair_rows, pair_stores, pool_codes, pool_residuals, span_starts
 from transfer.core.errors import TransferError
 from transfer.core.files import save_arrays
-from transfer.core.objects import ActivationStore, FeatureSpace
+from transfer.core.space import FeatureSpace
+from transfer.core.store import ActivationStore
 
 tokens = st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 6)), max_size=25)
 
@@ -168,8 +169,8 @@ def test_pair_stores(tmp_path: Path) -> None:
     assert pairs.source.sum(axis=1).ravel().tolist() == [[2, 3, 4]]
     assert pairs.target.sum(axis=1).ravel().tolist() == [[1, 3, 5]]
     assert pairs.source_residual is not None and pairs.target_residual is not None
-    assert pairs.source_residual[:, 0].tolist() == [1, 2, 3]
-    assert pairs.target_residual[:, 0].tolist() == [0, 2, 4]
+    assert pairs.source_residual[:][:, 0].tolist() == [1, 2, 3]
+    assert pairs.target_residual[:][:, 0].tolist() == [0, 2, 4]
     assert sp.issparse(pairs.source)
     assert pair_stores(a, b, residuals=False).source_residual is None
 
@@ -190,8 +191,8 @@ def test_pair_stores_pools(tmp_path: Path) -> None:
         assert np.allclose(pairs.source.sum(axis=1).ravel(), left), how
         assert np.allclose(pairs.target.sum(axis=1).ravel(), right), how
         assert pairs.source_residual is not None and pairs.target_residual is not None
-        assert np.allclose(pairs.source_residual[:, 0], left_point), how
-        assert np.allclose(pairs.target_residual[:, 0], right_point), how
+        assert np.allclose(pairs.source_residual[:][:, 0], left_point), how
+        assert np.allclose(pairs.target_residual[:][:, 0], right_point), how
     assert pair_stores(a, b, residuals=False, pool="max").target_residual is None
 
 

@@ -18,8 +18,8 @@ from models.interventions import Probe, steered_logits
 from tests.conftest import SENTENCES
 from tests.test_stitch import linear, tiny, turned_copy, zoo_map
 from transfer.causal import CausalCheck, across, check_matches, permutation_p
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment
 from transfer.stitch import rotation
 
 
@@ -206,7 +206,7 @@ def test_matches_of_the_zoo_carry_effects() -> None:
     from aligners.activation import ActivationAligner
     from aligners.correlation import dims
     from aligners.tokens import pair_rows
-    from transfer.core.objects import PairedActivations
+    from transfer.core.store import PairedActivations
     from transfer.corpus import load_corpus
     from transfer.stages import views
 

@@ -12,24 +12,13 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transfer.core.alignment import MATCH_COLUMNS, Alignment
 from transfer.core.errors import TransferError
 from transfer.core.files import read_json, save_arrays, write_json
-from transfer.core.objects import (
-    MATCH_COLUMNS,
-    SCHEMA,
-    ActivationStore,
-    Alignment,
-    Candidate,
-    CoverageReport,
-    EvalResult,
-    FeatureSet,
-    FeatureSpace,
-    FinetuneRun,
-    PairedActivations,
-    SynthesisRun,
-    TransferResult,
-    digest,
-)
+from transfer.core.keys import SCHEMA, digest
+from transfer.core.outcomes import Candidate, CoverageReport, EvalResult, FinetuneRun, SynthesisRun, TransferResult
+from transfer.core.space import FeatureSet, FeatureSpace
+from transfer.core.store import ActivationStore, PairedActivations
 
 
 def space(name: str = "zoo:one", n: int = 6) -> FeatureSpace:
@@ -175,7 +164,7 @@ def test_split_moves_whole_documents(fraction: float, seed: int) -> None:
     assert len(first.docs) + len(second.docs) == 8
     assert len(np.unique(first.docs)) == max(1, round(fraction * 4))
     assert first.source_residual is not None
-    assert np.array_equal(first.source.toarray()[:, 0], 1 + 3 * first.source_residual[:, 0])
+    assert np.array_equal(first.source.toarray()[:, 0], 1 + 3 * first.source_residual[:][:, 0])
     again, _ = full.split(fraction, seed)
     assert np.array_equal(first.docs, again.docs)
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.core.errors import TransferError
-from transfer.core.objects import CoverageReport, FeatureSet, FeatureSpace
+from transfer.core.outcomes import CoverageReport
+from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.coverage import (
     DeltaRule,
     activated,

@@ -15,7 +15,8 @@ import pytest
 
 from transfer.core.config import load_experiment
 from transfer.core.files import load_arrays, load_csr
-from transfer.core.objects import ActivationStore, CoverageReport, SynthesisRun
+from transfer.core.outcomes import CoverageReport, SynthesisRun
+from transfer.core.store import ActivationStore
 from transfer.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]

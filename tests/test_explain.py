@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from transfer.core.errors import TransferError
 from transfer.core.files import save_arrays, write_json
-from transfer.core.objects import SCHEMA, ActivationStore, FeatureSpace
+from transfer.core.keys import SCHEMA
+from transfer.core.space import FeatureSpace
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
 from transfer.coverage import size
 from transfer.explain import (

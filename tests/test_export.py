@@ -11,8 +11,9 @@ import pytest
 import scipy.sparse as sp
 
 from transfer import export as module
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import Alignment, FeatureSpace
+from transfer.core.space import FeatureSpace
 from transfer.export import export, split_edges, table
 
 

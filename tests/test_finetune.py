@@ -15,7 +15,7 @@ from models.zoo.recipe import ZOO
 from models.zoo.tokenizer import train_tokenizer
 from transfer.classifier import Backbone
 from transfer.core.errors import TransferError
-from transfer.core.objects import digest
+from transfer.core.keys import digest
 from transfer.finetune import LORA_TARGETS, RECIPES, Recipe, data_hash, finetune, get_recipe, load_classifier
 
 torch.set_num_threads(1)

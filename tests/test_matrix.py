@@ -18,7 +18,7 @@ from transfer import matrix
 from transfer.claims import compare, summarise, verdict
 from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import write_json
-from transfer.core.objects import EvalResult, FinetuneRun
+from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus, Text
 from transfer.finetune import Recipe, data_hash
 from transfer.matrix import Cell, CellResult, cell_key, run_cells, write_examples

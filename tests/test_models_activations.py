@@ -14,7 +14,9 @@ from models.activations import harvest
 from models.adapter import Adapter
 from tests.conftest import SENTENCES
 from transfer.core.errors import TransferError
-from transfer.core.objects import ActivationStore
+from transfer.core.files import load_arrays
+from transfer.core.rows import chosen
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
 
 TEXTS = [*SENTENCES, "", "a b c " * 60, "   ", "last one 🙂"]
@@ -50,9 +52,13 @@ def test_store_equals_the_direct_computation(adapter: Adapter, tmp_path: Path) -
     states = adapter.language.capture([r.ids for r in rendered], adapter.space.layer)
     expected = np.concatenate([s[r.content].numpy() for s, r in zip(states, rendered, strict=True) if len(r.content)])
     assert store.residuals.dtype == np.float16
-    np.testing.assert_allclose(store.residuals.astype(np.float32), expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(store.residuals[:].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
+    whole = np.concatenate([load_arrays(f)["residual"] for f in sorted(store.path.glob("residual-*"))])
+    assert store.residuals.shape == whole.shape and np.array_equal(store.residuals[:], whole)
     for rows in (np.arange(0, store.n_tokens, 3), np.array([5, 2, 2, 40]), np.array([], dtype=np.int64)):
-        assert np.array_equal(store.residual_rows(rows), store.residuals[rows])
+        assert np.array_equal(store.residuals[rows], whole[rows])
+        some = chosen(chosen(store.residuals, rows), np.arange(len(rows))[::-1])
+        assert some.shape == (len(rows), 32) and np.array_equal(some[:2], whole[rows][::-1][:2])
     # The kept codes are those of the kept residuals.
     again = adapter.dictionary.encode(torch.from_numpy(expected))
     assert np.mean((again.toarray() > 0) != (store.tokens.toarray() > 0)) < 0.001
@@ -164,4 +170,4 @@ def test_residuals_beyond_float16_are_counted(adapter: Adapter, tmp_path: Path) 
         store = run(adapter, tmp_path, keep_residual=True)
     finally:
         handle.remove()
-    assert store.counts["clipped"] > 0 and np.isfinite(store.residuals).all()
+    assert store.counts["clipped"] > 0 and np.isfinite(store.residuals[:]).all()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
-from models.sae import Dictionary, largest
+from models.sae import Dictionary, decoder_rows, largest
 from transfer.core.errors import TransferError
 from transfer.core.files import write_json
 
@@ -123,6 +123,18 @@ def test_memory_stays_within_the_chunk(tmp_path: Path) -> None:
     finally:
         torch.topk = inner
     assert len(sizes) == 10 and max(sizes) <= 4 * WIDTH * 10
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_decoder_alone_equals_that_of_the_whole(tmp_path: Path, case: str) -> None:
+    folder = make(tmp_path / "sae", *CASES[case])
+    whole = Dictionary.load(f"path:{folder}")
+    rows, found = decoder_rows(f"path:{folder}")
+    assert found == whole.hash and rows.dtype == np.float32
+    np.testing.assert_allclose(rows, whole.directions(), rtol=1e-6)
+    (folder / "sae_weights.safetensors").write_bytes(b"no weights")
+    with pytest.raises(TransferError, match="could not be loaded"):
+        decoder_rows(f"path:{folder}")
 
 
 @settings(deadline=None)

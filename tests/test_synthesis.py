@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from models.generators import Prompt, ScriptedGenerator, SteeredGenerator
 from models.zoo.corpus import request_list
 from transfer.core.errors import TransferError
-from transfer.core.objects import FeatureSet, FeatureSpace, SynthesisRun
+from transfer.core.outcomes import SynthesisRun
+from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.workers import workers
 from transfer.synthesis import score_targets, select, steering_vectors, synthesise
 from transfer.verdicts import NEAR, VERDICTS, NearDuplicates, Written, fault, jaccard, judge, shingles

@@ -163,8 +163,8 @@ def score(
     """
     set_quiet(quiet or as_json)
     from transfer import artefact
+    from transfer.core.alignment import Alignment
     from transfer.core.config import runs_folder
-    from transfer.core.objects import Alignment
     from transfer.sides import SideRef, open_stores, read_corpus
 
     alignment = Alignment.load(folder)
@@ -192,7 +192,7 @@ def score(
 @align.command("show")
 def show_artefact(folder: Artefact, q_max: Level = 0.05, top: Top = 10, as_json: Json = False) -> None:
     """Spaces, matches at a q-value, held-out correlation against the null, convergence, what was untestable."""
-    from transfer.core.objects import Alignment
+    from transfer.core.alignment import Alignment
 
     _answer(Alignment.load(folder), folder, as_json, q_max, top)
 
@@ -212,7 +212,7 @@ def export(
 ) -> None:
     """Write matches and splits as CSV, parquet or GraphML, with the space ids in every row."""
     set_quiet(quiet or as_json)
-    from transfer.core.objects import Alignment
+    from transfer.core.alignment import Alignment
     from transfer.export import export as write
 
     found = write(Alignment.load(folder), out, format=format, q_max=q_max, least_mass=least_mass, force=force)

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment
-from transfer.core.objects import ActivationStore, Alignment, Candidate, CoverageReport, SynthesisRun
+from transfer.core.outcomes import Candidate, CoverageReport, SynthesisRun
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.synthesis import margin, select
 

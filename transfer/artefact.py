@@ -14,10 +14,13 @@ import numpy as np
 from aligners.base import Aligner
 from aligners.calibrate import score_matches
 from aligners.tokens import pair_stores
+from transfer.core.alignment import Alignment
 from transfer.core.console import say
 from transfer.core.env import versions
 from transfer.core.errors import TransferError
-from transfer.core.objects import ActivationStore, Alignment, FeatureView, PairedActivations, text_key
+from transfer.core.keys import text_key
+from transfer.core.space import FeatureView
+from transfer.core.store import ActivationStore, PairedActivations
 from transfer.core.texts import Corpus
 from transfer.sides import SIDES, Pair
 
@@ -103,7 +106,7 @@ def fit(
     Raises:
         TransferError: When the documents do not suffice for both parts, or the aligner refuses its input.
     """
-    kept = all((s.path / "residual-00000.safetensors").exists() for s in stores)
+    kept = all(s.keeps_residuals for s in stores)
     pairs = pair_stores(*stores, residuals="residuals" in aligner.needs() or ("residuals" in aligner.takes() and kept))
     docs = np.unique(pairs.docs)
     if len(docs) < 2 or round(settings.fraction * len(docs)) >= len(docs):

@@ -13,7 +13,7 @@ import numpy as np
 
 from transfer.core import stats
 from transfer.core.errors import TransferError
-from transfer.core.objects import TransferResult
+from transfer.core.outcomes import TransferResult
 from transfer.matrix import ARMS, CellResult
 
 REFERENCE = "seed_only"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from transfer.core.errors import TransferError
-from transfer.core.objects import digest
+from transfer.core.keys import digest
 from transfer.tasks.base import Predictions
 
 KEPT = 3

@@ -14,7 +14,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from transfer.core.errors import TransferError
-from transfer.core.objects import CoverageReport, FeatureSet, FeatureSpace
+from transfer.core.outcomes import CoverageReport
+from transfer.core.space import FeatureSet, FeatureSpace
 
 _BOOTSTRAP_BLOCK = 32
 """Bootstrap replicates held at once; memory is ``n_features × _BOOTSTRAP_BLOCK`` floats."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from transfer.core.objects import MATCH_COLUMNS, Alignment, FeatureSpace
+from transfer.core.alignment import MATCH_COLUMNS, Alignment
+from transfer.core.space import FeatureSpace
 from transfer.export import LEAST_MASS, split_edges
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from transfer.core.objects import ActivationStore
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.explain import Span, WordCounts, describe, top_spans
 

@@ -15,7 +15,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from transfer.core.errors import TransferError
-from transfer.core.objects import ActivationStore, FeatureSet, FeatureSpace
+from transfer.core.space import FeatureSet, FeatureSpace
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.coverage import DeltaRule, alive, fires, size, thresholds
 

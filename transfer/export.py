@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from transfer.core.alignment import Alignment
 from transfer.core.console import say
 from transfer.core.errors import TransferError
 from transfer.core.files import replacing
-from transfer.core.objects import Alignment
 
 if TYPE_CHECKING:
     import pandas

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transfer.core.errors import TransferError
 from transfer.core.files import load_arrays, read_json, save_arrays, write_json
-from transfer.core.objects import FinetuneRun, digest
+from transfer.core.keys import digest
+from transfer.core.outcomes import FinetuneRun
 
 if TYPE_CHECKING:
     import torch

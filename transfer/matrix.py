@@ -17,7 +17,8 @@ from typing import Literal, get_args
 from transfer.core.console import progress, say
 from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import file_hash, plain, read_json, replacing, write_json
-from transfer.core.objects import SCHEMA, EvalResult, FinetuneRun, digest
+from transfer.core.keys import SCHEMA, digest
+from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus
 from transfer.core.workers import workers
 from transfer.finetune import Recipe, data_hash

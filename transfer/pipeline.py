@@ -15,13 +15,16 @@ import yaml
 from aligners.calibrate import shuffled
 from models.adapter import Adapter
 from transfer import arms, results, stages
+from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment
 from transfer.core.console import say
 from transfer.core.env import machine, versions
 from transfer.core.errors import TransferError
 from transfer.core.files import file_hash, read_json, write_json
-from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSpace, SynthesisRun
+from transfer.core.outcomes import CoverageReport, SynthesisRun
 from transfer.core.rundir import RunDir, write_text
+from transfer.core.space import FeatureSpace
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.core.workers import workers
 from transfer.coverage import DeltaRule

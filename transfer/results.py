@@ -12,7 +12,8 @@ from transfer.claims import Comparison, compare, summarise, verdict
 from transfer.core import stats
 from transfer.core.config import Experiment
 from transfer.core.files import read_json
-from transfer.core.objects import ActivationStore, EvalResult, FinetuneRun, TransferResult
+from transfer.core.outcomes import EvalResult, FinetuneRun, TransferResult
+from transfer.core.store import ActivationStore
 from transfer.matrix import CellResult
 from transfer.tasks import get_task
 

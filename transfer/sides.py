@@ -14,8 +14,9 @@ import numpy as np
 from transfer.core.config import HarvestSection
 from transfer.core.console import say
 from transfer.core.errors import TransferError
-from transfer.core.objects import ActivationStore, FeatureSpace, FeatureView
 from transfer.core.rundir import RunDir
+from transfer.core.space import FeatureSpace, FeatureView
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.corpus import BUNDLED, load_corpus
 
@@ -195,14 +196,14 @@ def open_views(
 
 def _directions(side: str, space: FeatureSpace, ref: str) -> np.ndarray:
     say(f"load {ref}")
-    from models.sae import Dictionary
+    from models.sae import decoder_rows
 
     try:
-        dictionary = Dictionary.load(ref)
+        rows, found = decoder_rows(ref)
     except TransferError as error:
         raise TransferError(str(error), f"Say with --{side}-sae where the SAE of {space.id} is.") from None
-    _same(space, "SAE", ref, dictionary.hash, space.sae_hash)
-    return dictionary.directions()
+    _same(space, "SAE", ref, found, space.sae_hash)
+    return rows
 
 
 def _same(space: FeatureSpace, what: str, ref: str, found: str, expected: str) -> None:

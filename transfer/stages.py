@@ -17,11 +17,14 @@ from models.activations import harvest as harvest_store
 from models.adapter import Adapter
 from models.generators import SteeredGenerator
 from transfer import arms
+from transfer.core.alignment import Alignment
 from transfer.core.config import DataSection, Experiment, HarvestSection
 from transfer.core.console import progress, say
 from transfer.core.errors import TransferError
 from transfer.core.files import load_arrays, load_csr, read_json, save_arrays, save_csr, write_json
-from transfer.core.objects import ActivationStore, Alignment, CoverageReport, FeatureSet, FeatureView, SynthesisRun
+from transfer.core.outcomes import CoverageReport, SynthesisRun
+from transfer.core.space import FeatureSet, FeatureView
+from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.corpus import load_corpus
 from transfer.coverage import DeltaRule, coverage, fires, missing_hit_rate, thresholds

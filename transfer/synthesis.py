@@ -19,7 +19,8 @@ import scipy.sparse as sp
 from models.generators import Generator, Prompt
 from transfer.core.console import progress
 from transfer.core.errors import TransferError
-from transfer.core.objects import Candidate, FeatureSet, FeatureSpace, SynthesisRun
+from transfer.core.outcomes import Candidate, SynthesisRun
+from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.coverage import missing_hit_rate
 from transfer.verdicts import Written, fault, judge
 

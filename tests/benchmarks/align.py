@@ -16,7 +16,8 @@ from aligners.topk import fast_dtype, unit_rows
 from tests.benchmarks import topk
 from tests.benchmarks.case import row, seconds, watched
 from tests.benchmarks.stitch import product_rate
-from transfer.core.objects import FeatureSpace, FeatureView, PairedActivations
+from transfer.core.space import FeatureSpace, FeatureView
+from transfer.core.store import PairedActivations
 
 ACTIVE = 40
 DENSE = 4096

@@ -106,21 +106,52 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
             raise
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise TransferError(f"{path} does not exist.") from None
+    except SafetensorError as error:
+        raise TransferError(f"{path} is damaged ({error}).", "Delete it and run the same command again.") from None
+
+
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Arrays of one safetensors file.
 
     Raises:
         TransferError: When it is missing or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    try:
+    with _readable(path):
         return load_file(path)
-    except FileNotFoundError:
-        raise TransferError(f"{path} does not exist.") from None
-    except SafetensorError as error:
-        raise TransferError(f"{path} is damaged ({error}).", "Delete it and run the same command again.") from None
+
+
+def load_rows(path: Path, name: str, first: int, stop: int) -> np.ndarray:
+    """Rows ``first`` to ``stop`` of one array of a safetensors file; nothing else is read.
+
+    Raises:
+        TransferError: When it is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    with _readable(path), safe_open(path, "np") as file:
+        return file.get_slice(name)[first:stop]
+
+
+def array_shape(path: Path, name: str) -> tuple[int, ...]:
+    """Shape of one array of a safetensors file.
+
+    Raises:
+        TransferError: When it is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    with _readable(path), safe_open(path, "np") as file:
+        return tuple(file.get_slice(name).get_shape())
 
 
 def save_csr(path: Path, matrix: sp.csr_matrix) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from transfer.core.console import say
 from transfer.core.errors import TransferError
 from transfer.core.files import file_hash, read_json, remove_leftovers, replacing, write_json
-from transfer.core.objects import SCHEMA, digest
+from transfer.core.keys import SCHEMA, digest
 
 
 class RunDir:

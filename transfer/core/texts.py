@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from transfer.core.objects import digest
+from transfer.core.keys import digest
 
 
 @dataclass(frozen=True)

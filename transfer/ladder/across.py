@@ -12,7 +12,8 @@ from aligners.base import Aligner
 from aligners.calibrate import score_matches
 from aligners.maps import fit_map
 from models.adapter import Adapter
-from transfer.core.objects import Alignment, PairedActivations
+from transfer.core.alignment import Alignment
+from transfer.core.store import PairedActivations
 from transfer.ladder.planted import accepted
 from transfer.ladder.row import LEVEL, Finding, Row, judged
 from transfer.ladder.zoo import NULL_DRAWS, Zoo, fitted, title, view

@@ -14,7 +14,9 @@ from aligners.correlation import usable_features
 from aligners.metrics import is_right
 from aligners.stress import STRESS, Setting, stress_pair
 from models.adapter import Adapter
-from transfer.core.objects import FeatureView, PairedActivations, digest
+from transfer.core.keys import digest
+from transfer.core.space import FeatureView
+from transfer.core.store import PairedActivations
 from transfer.ladder.planted import accepted, same
 from transfer.ladder.row import LEVEL, Finding, Row, judged
 from transfer.ladder.zoo import Parts, Zoo, fitted, title, view

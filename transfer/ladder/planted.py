@@ -14,8 +14,10 @@ from aligners.correlation import usable_features
 from aligners.metrics import false_share, is_right
 from aligners.planted import Planted
 from aligners.stress import STRESS, Setting, StressPair, stress_pair
-from transfer.core.objects import Alignment, FeatureSpace, FeatureView, PairedActivations
+from transfer.core.alignment import Alignment
+from transfer.core.space import FeatureSpace, FeatureView
 from transfer.core.stats import mean_interval
+from transfer.core.store import PairedActivations
 from transfer.ladder.row import LEVEL, Finding, Row, judged
 from transfer.stitch import rotation
 

@@ -9,8 +9,9 @@ import numpy as np
 from aligners.base import Aligner
 from aligners.metrics import false_share, is_right
 from aligners.planted import Planted
-from transfer.core.objects import FeatureSpace, FeatureView, PairedActivations
+from transfer.core.space import FeatureSpace, FeatureView
 from transfer.core.stats import mean_interval
+from transfer.core.store import PairedActivations
 from transfer.ladder.planted import accepted, with_q_values
 from transfer.ladder.row import LEVEL, Finding
 

@@ -11,8 +11,10 @@ import numpy as np
 from aligners.base import Aligner
 from aligners.tokens import pair_stores
 from models.adapter import Adapter
+from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.core.objects import ActivationStore, Alignment, FeatureView, PairedActivations
+from transfer.core.space import FeatureView
+from transfer.core.store import ActivationStore, PairedActivations
 from transfer.core.texts import Corpus
 from transfer.sides import SideRef, open_views, stored
 

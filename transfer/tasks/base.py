@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from transfer.core.objects import EvalResult, FinetuneRun
+from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.stats import WeightedMetric
 from transfer.core.texts import Corpus
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from transfer.core.errors import TransferError
 from transfer.core.files import replacing
-from transfer.core.objects import EvalResult, FinetuneRun
+from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.stats import WeightedMetric, bootstrap_stderr
 from transfer.core.texts import Corpus
 from transfer.tasks.base import Example, Predictor

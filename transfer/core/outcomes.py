@@ -1,0 +1,250 @@
+"""What the stages behind an alignment find: coverage, candidates, fine-tuned models and transfer results."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from transfer.core.errors import TransferError
+from transfer.core.files import read_json, write_json
+from transfer.core.keys import SCHEMA
+from transfer.core.space import FeatureSet, FeatureSpace
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """Feature Activation Coverage of one dataset against an anchor, in one space."""
+
+    space: FeatureSpace
+    dataset: str
+    anchor: str
+    relevant: FeatureSet
+    """The task-relevant features F (live ones)."""
+    anchor_features: FeatureSet
+    """F(P): relevant features that the anchor activates."""
+    covered: FeatureSet
+    missing: FeatureSet
+    fac: float
+    """|F(Q) ∩ F(P)| / |F(P)|."""
+    fac_uncapped: float
+    """The paper's |F(Q)| / |F(P)|, which can pass 1."""
+    ci_low: float
+    ci_high: float
+    delta_rule: str
+    n_docs: int
+    kl: float
+    """Smoothed surrogate KL(P_F || Q_F), Eq. 47 of arXiv 2602.10388."""
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of ``results.json``."""
+        return {
+            "model": self.space.model,
+            "dataset": self.dataset,
+            "fac": self.fac,
+            "fac_uncapped": self.fac_uncapped,
+            "ci_low": self.ci_low,
+            "ci_high": self.ci_high,
+            "n_anchor": len(self.anchor_features),
+            "n_covered": len(self.covered),
+            "n_missing": len(self.missing),
+            "n_relevant": len(self.relevant),
+            "n_docs": self.n_docs,
+            "delta_rule": self.delta_rule,
+            "kl": self.kl,
+        }
+
+    def save(self, path: Path) -> None:
+        """One JSON file."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in data.items():
+            if isinstance(value, FeatureSet):
+                data[name] = value.to_dict()
+        data["space"] = dataclasses.asdict(self.space)
+        write_json(Path(path), {"schema": SCHEMA, **data})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what ``save`` wrote."""
+        data = read_json(Path(path))
+        data.pop("schema")
+        data["space"] = FeatureSpace(**data["space"])
+        for name in ("relevant", "anchor_features", "covered", "missing"):
+            data[name] = FeatureSet.from_dict(data[name])
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One generated text with its lineage."""
+
+    source: str
+    """Space id whose feature it was written for."""
+    generator: str
+    feature: int
+    step: int
+    """1 = exploration, 2 = contrast-conditioned."""
+    attempt: int
+    text: str
+    label: str
+    score: float
+    """g_i(x) in the source space."""
+    delta: float
+    """The feature's threshold."""
+    seed: int
+    prompt_hash: str
+    verdict: str
+    """``kept`` or the reason of the rejection."""
+    strength: float = 0.0
+    """Steering strength used, in units of the feature's own activation scale."""
+    opening: str = ""
+    """Anchor span that the text was made to start with; empty for a free text."""
+    positive: str = ""
+    """x+ that conditioned step 2."""
+    negative: str = ""
+    fallback: bool = False
+    """x+ is an anchor text, because no text of step 1 activated the feature."""
+    target_scores: dict[str, float] = field(default_factory=dict)
+    """Per target space id: activation of the matched feature there."""
+
+
+@dataclass(frozen=True)
+class SynthesisRun:
+    """Every candidate of one synthesis, kept or not."""
+
+    source: str
+    generator: str
+    pool: str
+    """Which features were asked for: ``missing`` or ``random``."""
+    n_requested: int
+    """Features asked for."""
+    candidates: tuple[Candidate, ...]
+    n_missing: int
+    """Missing features the hit rate refers to."""
+    n_hit: int
+    """Of these, how many some kept text activates above its threshold."""
+
+    def __post_init__(self) -> None:
+        for c in self.candidates:
+            if not (c.generator and c.prompt_hash and c.verdict):
+                raise TransferError(f"A candidate for feature {c.feature} has no lineage.")
+
+    @property
+    def kept(self) -> list[Candidate]:
+        """The accepted ones."""
+        return [c for c in self.candidates if c.verdict == "kept"]
+
+    def rejected(self) -> dict[str, int]:
+        """Count by reason."""
+        counts: dict[str, int] = {}
+        for c in self.candidates:
+            if c.verdict != "kept":
+                counts[c.verdict] = counts.get(c.verdict, 0) + 1
+        return dict(sorted(counts.items()))
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of ``results.json``."""
+        return {
+            "source": self.source,
+            "generator": self.generator,
+            "pool": self.pool,
+            "n_requested": self.n_requested,
+            "n_candidates": len(self.candidates),
+            "n_kept": len(self.kept),
+            "missing_hit_rate": self.n_hit / self.n_missing if self.n_missing else None,
+            "n_hit": self.n_hit,
+            "n_missing": self.n_missing,
+            "rejected": self.rejected(),
+        }
+
+    def save(self, path: Path) -> None:
+        """One JSON file."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "candidates"}
+        write_json(
+            Path(path), {"schema": SCHEMA, **data, "candidates": [dataclasses.asdict(c) for c in self.candidates]}
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what ``save`` wrote."""
+        data = read_json(Path(path))
+        data.pop("schema")
+        data["candidates"] = tuple(Candidate(**c) for c in data["candidates"])
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """One fine-tuning: what went in, how the loss went."""
+
+    base: str
+    base_hash: str
+    recipe: str
+    data_hash: str
+    n_examples: int
+    n_dropped: int
+    n_trainable: int
+    """Trainable parameters."""
+    n_tokens: int
+    seed: int
+    curve: tuple[float, ...]
+    seconds: float
+    n_truncated: int = 0
+    """Texts cut to the recipe's token limit."""
+
+    def __post_init__(self) -> None:
+        if self.n_tokens <= 0 or self.n_trainable <= 0:
+            raise TransferError(f"Fine-tuning {self.base} had nothing to train on or no trainable parameter.")
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One metric of one model on one split."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    n_missing: int
+    per_example: str
+    """File with one row an example."""
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.n_missing:
+            raise TransferError(f"{self.n_missing} evaluation examples of {self.task} were not scored.")
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """One cell of the transfer matrix."""
+
+    source: str
+    generator: str
+    target: str
+    task: str
+    arm: str
+    recipe: str
+    metric: str
+    values: tuple[float, ...]
+    """One per seed, seeds in ``seeds``' order."""
+    seeds: tuple[int, ...]
+    mean: float
+    ci_low: float
+    ci_high: float
+    n_train: int
+    control: str = ""
+    """Arm the delta is taken against; empty for the reference arm itself."""
+    delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.delta is not None and not self.control:
+            raise TransferError(f"Arm {self.arm} of {self.target} has a delta without a control.")
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of ``results.json``."""
+        return {**dataclasses.asdict(self), "n_seeds": len(self.seeds)}

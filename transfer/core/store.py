@@ -1,0 +1,224 @@
+"""Sparse activations of one corpus: of one space on disk, and of two spaces at the same places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import scipy.sparse as sp
+
+from transfer.core.errors import TransferError
+from transfer.core.files import array_shape, load_arrays, load_rows, read_json
+from transfer.core.keys import SCHEMA
+from transfer.core.rows import Rows, chosen
+from transfer.core.space import FeatureSpace
+
+
+def csr(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> sp.csr_matrix:
+    """The matrix of saved ``values``, ``indices`` and ``indptr``."""
+    return sp.csr_matrix((arrays["values"], arrays["indices"], arrays["indptr"]), shape=shape, copy=False)
+
+
+@dataclass(frozen=True)
+class ActivationStore:
+    """Sparse SAE activations of one corpus in one space, on disk.
+
+    A folder with ``meta.json`` and, per shard ``n``: ``tokens-n.safetensors`` (token-level CSR of the true codes, with
+    the document and the number of UTF-8 bytes of its content read so far), ``docs-n.safetensors`` (documents ×
+    features, max over tokens, with the token position of the maximum) and, where asked for,
+    ``residual-n.safetensors`` (float16 residual stream of the same tokens). Codes are read whole when first asked for
+    and kept, 8 bytes a code; residuals are read anew each time.
+    """
+
+    path: Path
+    space: FeatureSpace
+    corpus_hash: str
+    doc_ids: tuple[str, ...]
+    n_tokens: int
+    shards: int
+    counts: dict[str, int] = field(default_factory=dict)
+    """What was dropped or cut: ``empty``, ``truncated``."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Open a finished store.
+
+        Raises:
+            TransferError: When it is missing, unfinished or of another schema.
+        """
+        meta_path = Path(path) / "meta.json"
+        if not meta_path.is_file():
+            raise TransferError(f"No finished activation store in {path}.", "Run `transfer harvest` first.")
+        meta = read_json(meta_path)
+        if meta["schema"] != SCHEMA:
+            raise TransferError(
+                f"The store in {path} has schema {meta['schema']}, this version reads {SCHEMA}.", "Harvest again."
+            )
+        return cls(
+            path=Path(path),
+            space=FeatureSpace(**meta["space"]),
+            corpus_hash=meta["corpus_hash"],
+            doc_ids=tuple(meta["doc_ids"]),
+            n_tokens=meta["n_tokens"],
+            shards=meta["shards"],
+            counts=meta["counts"],
+        )
+
+    def _shards(self, kind: str) -> Iterator[dict[str, np.ndarray]]:
+        return (load_arrays(self.path / f"{kind}-{i:05d}.safetensors") for i in range(self.shards))
+
+    @cached_property
+    def tokens(self) -> sp.csr_matrix:
+        """Token-level codes, float32 CSR [tokens, n_features]."""
+        parts = [csr(a, (len(a["indptr"]) - 1, self.space.n_features)) for a in self._shards("tokens")]
+        return sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    @cached_property
+    def token_docs(self) -> np.ndarray:
+        """Row into ``doc_ids`` of each token, int32 [tokens]."""
+        return np.concatenate([a["doc"] for a in self._shards("tokens")])
+
+    @cached_property
+    def token_ends(self) -> np.ndarray:
+        """UTF-8 bytes of the document's content consumed at the end of each token, int32 [tokens]."""
+        return np.concatenate([a["end"] for a in self._shards("tokens")])
+
+    @cached_property
+    def docs(self) -> sp.csr_matrix:
+        """Max over tokens, float32 CSR [docs, n_features]."""
+        parts = [csr(a, (len(a["indptr"]) - 1, self.space.n_features)) for a in self._shards("docs")]
+        return sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    @cached_property
+    def peaks(self) -> sp.csr_matrix:
+        """Content-token position of each document maximum, plus one (so that 0 stays 'absent'), CSR like ``docs``."""
+        parts = [
+            sp.csr_matrix(
+                (a["position"].astype(np.int32) + 1, a["indices"], a["indptr"]),
+                shape=(len(a["indptr"]) - 1, self.space.n_features),
+            )
+            for a in self._shards("docs")
+        ]
+        return sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    @property
+    def residuals(self) -> StoredResiduals:
+        """Residual stream of the stored tokens, float16 [tokens, d_model], read from disk where it is sliced.
+
+        Raises:
+            TransferError: When the harvest did not keep them.
+        """
+        if not self.keeps_residuals:
+            raise TransferError(f"The store {self.path} keeps no residuals.", "Harvest again with keep_residual: true.")
+        return StoredResiduals.of(self.path, self.shards)
+
+    @property
+    def keeps_residuals(self) -> bool:
+        """Whether the harvest kept the residual stream."""
+        return (self.path / "residual-00000.safetensors").exists()
+
+    def support(self) -> np.ndarray:
+        """Documents in which each feature fires, int64 [n_features]."""
+        return np.bincount(self.docs.indices, minlength=self.space.n_features)
+
+    def rows(self, ids: list[str]) -> np.ndarray:
+        """Row numbers of document ids.
+
+        Raises:
+            TransferError: For an id the store does not hold.
+        """
+        where = {d: i for i, d in enumerate(self.doc_ids)}
+        missing = [d for d in ids if d not in where]
+        if missing:
+            raise TransferError(f"{len(missing)} documents are not in the store {self.path}, first {missing[0]!r}.")
+        return np.array([where[d] for d in ids], dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredResiduals:
+    """Residual stream of a store; reading takes the memory of the rows asked for and of what lies between them."""
+
+    files: tuple[Path, ...]
+    first: np.ndarray
+    """First token of each file, and the number of all, int64 [files + 1]."""
+    width: int
+
+    @classmethod
+    def of(cls, folder: Path, shards: int) -> Self:
+        """Read the shapes only."""
+        files = tuple(folder / f"residual-{i:05d}.safetensors" for i in range(shards))
+        shapes = [array_shape(file, "residual") for file in files]
+        return cls(files, np.concatenate([[0], np.cumsum([n for n, _ in shapes])]), shapes[0][1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(tokens, d_model)."""
+        return (len(self), self.width)
+
+    @property
+    def dtype(self) -> np.dtype[np.float16]:
+        """Of the values."""
+        return np.dtype(np.float16)
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """float16 [rows, d_model] of a slice or of token numbers."""
+        rows = np.arange(len(self))[rows]
+        order = np.argsort(rows, kind="stable")
+        out = np.empty((len(rows), self.width), dtype=np.float16)
+        bounds = np.searchsorted(rows[order], self.first)
+        for file, first, low, high in zip(self.files, self.first, bounds[:-1], bounds[1:], strict=False):
+            if low < high:
+                wanted = order[low:high]
+                at = rows[wanted] - first
+                out[wanted] = load_rows(file, "residual", int(at[0]), int(at[-1]) + 1)[at - at[0]]
+        return out
+
+
+@dataclass(frozen=True)
+class PairedActivations:
+    """Codes of two spaces at the same places of the same corpus."""
+
+    source: sp.csr_matrix
+    """[rows, d_src]"""
+    target: sp.csr_matrix
+    """[rows, d_tgt]"""
+    docs: np.ndarray
+    """Document of each row, int32 [rows], non-decreasing; splits and nulls move whole documents."""
+    source_residual: Rows | None = None
+    """[rows, d_model_src]"""
+    target_residual: Rows | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.docs)
+        if n == 0:
+            raise TransferError("No paired rows: the two stores share no position.", "Check that the corpora match.")
+        n_source, n_target = len(self.source.indptr) - 1, len(self.target.indptr) - 1
+        if n_source != n or n_target != n:
+            raise TransferError(f"Paired rows differ: {n_source} source, {n_target} target, {n} document marks.")
+        for side, m in (("source", self.source), ("target", self.target)):
+            if not np.all(np.isfinite(m.data)):
+                raise TransferError(f"The {side} activations hold NaN or infinity.", "Harvest again.")
+
+    def take(self, rows: np.ndarray) -> PairedActivations:
+        """These rows only."""
+        return PairedActivations(
+            self.source[rows],
+            self.target[rows],
+            self.docs[rows],
+            None if self.source_residual is None else chosen(self.source_residual, rows),
+            None if self.target_residual is None else chosen(self.target_residual, rows),
+        )
+
+    def split(self, fraction: float, seed: int) -> tuple[PairedActivations, PairedActivations]:
+        """Two parts with no document in common; the first holds about ``fraction`` of the documents."""
+        ids = np.unique(self.docs)
+        chosen = np.random.default_rng(seed).permutation(ids)[: max(1, round(fraction * len(ids)))]
+        first = np.isin(self.docs, chosen)
+        return self.take(np.flatnonzero(first)), self.take(np.flatnonzero(~first))
