@@ -218,6 +218,23 @@ def test_every_method_fits_saves_and_exports(
     assert transfer("align", "export", tmp_path / "a", "--out", tmp_path / "a.csv").code == 0
 
 
+def test_pooling_is_part_of_the_fit_and_of_its_score(texts: dict[str, Path], transfer: Run, tmp_path: Path) -> None:
+    # These two cut texts differently; the tiny models share a tokenizer, so that all their spans are single tokens.
+    base = ["align", "fit", "zoo:llama", "zoo:qwen", "--corpus", texts["old"], "--method", "activation", "--quiet"]
+    assert transfer(*base, "--out", tmp_path / "a", "--pool", "mean").code == 0
+    assert transfer(*base, "--out", tmp_path / "b").code == 0
+    pooled, last = Alignment.load(tmp_path / "a"), Alignment.load(tmp_path / "b")
+    assert pooled.provenance["fit"]["pool"] == "mean" and last.provenance["fit"]["pool"] == "last"
+    assert not np.array_equal(pooled.matches["score"], last.matches["score"])
+    before = pooled.matches["heldout_corr"]
+    again = transfer("align", "score", tmp_path / "a", "--corpus", texts["old"], "--quiet")
+    assert again.code == 0 and np.allclose(
+        Alignment.load(tmp_path / "a").matches["heldout_corr"], before, equal_nan=True
+    )
+    wrong = transfer(*base, "--out", tmp_path / "c", "--pool", "median")
+    assert wrong.code == 2 and "Unknown pooling 'median'" in wrong.err and not (tmp_path / "c").exists()
+
+
 def test_one_space_and_its_own_seed(tiny_llama: Path, runs: Path, transfer: Run, tmp_path: Path) -> None:
     store = stores(runs)["llama old"]
     found = transfer("align", "fit", store, store, "--out", tmp_path / "a", "--method", "same", "--json").json

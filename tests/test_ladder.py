@@ -204,6 +204,24 @@ def test_g5_steers_along_accepted_matches(zoo: Zoo, monkeypatch: pytest.MonkeyPa
     assert none.passed is False, none.text()
 
 
+def test_g4_halves_of_the_corpus(zoo: Zoo) -> None:
+    seeds, pair = across.steady(ActivationAligner, zoo)
+    assert seeds.passed is None and "halves" in pair.case and pair.measured["accepted"] > 100
+    assert 0.1 < pair.measured["in_a_half"] < 1 and 0.1 < pair.measured["two_halves_overlap"] < 1, pair
+    # Coming back is no evidence of being right: this one does not look at the corpus.
+    blind = across.steady(RandomAligner, zoo)[1]
+    assert blind.measured["in_a_half"] == 1
+
+
+def test_g5_stitched_models_run_on(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(across, "STITCHED", 12)
+    rows = across.stitched(zoo)
+    assert len(rows) == 2 and rows[0].case.split(", ")[0].split(" → ") == rows[1].case.split(", ")[0].split(" → ")[::-1]
+    for found in (r.measured for r in rows):
+        assert found["recovered_stitched"] > 0.4 > found["recovered_rotated"], found
+    assert all(r.passed for r in rows)
+
+
 # G6.
 
 

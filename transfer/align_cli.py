@@ -6,7 +6,7 @@ import difflib
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -14,6 +14,9 @@ from typer.core import TyperGroup
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
 from transfer.options import Json, Quiet, TextColumn
+
+if TYPE_CHECKING:
+    from aligners.tokens import Pooling
 
 HELP = """\
 Match features between models.
@@ -53,6 +56,10 @@ SourceSae = Annotated[str | None, typer.Option(help="SAE of the source; default:
 TargetSae = Annotated[str | None, typer.Option(help="SAE of the target; default: <target>/sae, or the store's own.")]
 Level = Annotated[float, typer.Option("--q-max", min=0, max=1, help="A match counts up to this q-value.")]
 Top = Annotated[int, typer.Option(min=0, help="Best matches to list.")]
+Pool = Annotated[
+    str,
+    typer.Option(help="What a row of paired codes is: last (token), or max, mean, sum since the row before."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -81,6 +88,7 @@ def fit(
     source_layer: Annotated[int | None, typer.Option(help="Layer of the source, where its SAE does not say.")] = None,
     target_layer: Annotated[int | None, typer.Option(help="Layer of the target, where its SAE does not say.")] = None,
     fraction: Annotated[float, typer.Option("--fit-fraction", help="Share of the documents to fit on.")] = 0.6,
+    pool: Pool = "last",
     n_null: Draws = 20,
     seed: Seed = 0,
     q_max: Level = 0.05,
@@ -102,7 +110,7 @@ def fit(
     from transfer.sides import SideRef, open_stores, open_views, read_corpus
 
     aligner = make_aligner(method, settings, seed)
-    how = artefact.Settings(fraction, n_null, seed)
+    how = artefact.Settings(fraction, n_null, seed, cast("Pooling", pool))
     refs = (SideRef("source", source, source_sae, source_layer), SideRef("target", target, target_sae, target_layer))
     artefact.writable(out)
     if corpus is None and any(r.is_model for r in refs):
@@ -116,6 +124,7 @@ def fit(
             "method": method,
             "params": aligner.get_params(),
             "fraction": fraction,
+            "pool": pool,
             "n_null": n_null,
             "seed": seed,
         }

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from aligners.base import Aligner
 from aligners.calibrate import score_matches
-from aligners.tokens import pair_stores
+from aligners.tokens import Pooling, pair_stores
 from transfer.core.alignment import Alignment
 from transfer.core.console import say
 from transfer.core.env import versions
@@ -37,12 +37,16 @@ class Settings:
     n_null: int = 20
     """Draws of the shuffled-corpus null."""
     seed: int = 0
+    pool: Pooling = "last"
+    """How the tokens between two shared boundaries become one row (``aligners.tokens.Pooling``)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise TransferError(f"The share of documents to fit on is {self.fraction}; it must lie between 0 and 1.")
         if self.n_null < 1:
             raise TransferError(f"n_null is {self.n_null}; the null needs at least one draw.")
+        if self.pool not in get_args(Pooling):
+            raise TransferError(f"Unknown pooling {self.pool!r}.", f"Use one of {', '.join(get_args(Pooling))}.")
 
 
 def writable(out: Path) -> None:
@@ -107,7 +111,8 @@ def fit(
         TransferError: When the documents do not suffice for both parts, or the aligner refuses its input.
     """
     kept = all(s.keeps_residuals for s in stores)
-    pairs = pair_stores(*stores, residuals="residuals" in aligner.needs() or ("residuals" in aligner.takes() and kept))
+    wanted = "residuals" in aligner.needs() or ("residuals" in aligner.takes() and kept)
+    pairs = pair_stores(*stores, residuals=wanted, pool=settings.pool)
     docs = np.unique(pairs.docs)
     if len(docs) < 2 or round(settings.fraction * len(docs)) >= len(docs):
         raise TransferError(
@@ -139,6 +144,7 @@ def fit(
                 "rows": len(part.docs),
                 "fraction": settings.fraction,
                 "seed": settings.seed,
+                "pool": settings.pool,
             },
             "scored": _scored(HELDOUT, name, stores[0], heldout, settings, overlap=0),
         },
@@ -157,8 +163,8 @@ def score(alignment: Alignment, stores: Pair, settings: Settings, *, corpus: Cor
     """
     for side, space, store in zip(SIDES, (alignment.source, alignment.target), stores, strict=True):
         space.check(store.space, f"The {side} of the alignment")
-    pairs = pair_stores(*stores, residuals=False)
     before = alignment.provenance.get("fit", {})
+    pairs = pair_stores(*stores, residuals=False, pool=before.get("pool", "last"))
     part, overlap = NEW, None
     if stores[0].corpus_hash == before.get("corpus_hash"):
         pairs = pairs.split(before["fraction"], seed=before["seed"])[1]

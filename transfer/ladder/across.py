@@ -10,7 +10,7 @@ import numpy as np
 
 from aligners.base import Aligner
 from aligners.calibrate import score_matches
-from aligners.maps import fit_map
+from aligners.maps import ResidualMap, fit_map
 from models.adapter import Adapter
 from transfer.core.alignment import Alignment
 from transfer.core.store import PairedActivations
@@ -24,6 +24,10 @@ BEST = 300
 EXPECTED = f"more than {LEVEL:.0%} accepted, median above 99 % of the null, held out and unseen"
 TEXTS, MATCHES = 16, 32
 """Probe texts and matches of the causal check."""
+STITCHED = 64
+"""Texts that a stitched model reads."""
+DIVISIONS = 2
+"""Random divisions of the corpus into halves."""
 
 
 def across(makers: list[Make], zoo: Zoo) -> list[Row]:
@@ -43,6 +47,59 @@ def across(makers: list[Make], zoo: Zoo) -> list[Row]:
             if same_model:
                 ceiling[name] = row.measured.get("accepted")
     return rows
+
+
+def steady(make: Make, zoo: Zoo) -> list[Row]:
+    """G4: matches that come back when the corpus is divided at random, beside those of two SAEs of one model.
+
+    A half has less text than the whole, so the shares are lower bounds. Nothing is expected of them: an aligner that
+    does not look at the corpus comes back always, right or wrong.
+    """
+    from aligners.stability import stability
+
+    def work(a: Adapter, b: Adapter) -> Finding:
+        found = stability(make(), view(a), view(b), zoo.parts(a, b).fit, level=LEVEL, draws=DIVISIONS, seed=zoo.seed)
+        share = float(found.share.mean()) if len(found.share) else float("nan")
+        return {
+            "accepted": len(found.pairs),
+            "in_a_half": share,
+            "in_most_halves": found.stable,
+            "two_halves_overlap": float(found.overlap.mean()),
+        }, None
+
+    both = [zoo.seeds] if zoo.second_sae else []
+    return [
+        judged("G4", f"{title(a, b)}, halves of the corpus", make().name(), "context", lambda a=a, b=b: work(a, b))
+        for a, b in (*both, *zoo.pairs_of_models())
+    ]
+
+
+def stitched(zoo: Zoo) -> list[Row]:
+    """G5: the target runs on from the source's residual stream, mapped; against the same turned at random."""
+    from transfer.stitch import stitched_loss
+
+    def work(a: Adapter, b: Adapter) -> Finding:
+        texts = zoo.unseen_texts()
+        chosen = np.random.default_rng(zoo.seed).permutation(len(texts))[:STITCHED]
+        row = stitched_loss(a, b, _mapping(zoo, a, b), [texts[i] for i in np.sort(chosen)], seed=zoo.seed).summary()
+        names = ("n_docs", "loss_native", "loss_stitched", "loss_rotated", "loss_ablated", "r2")
+        measured = {name: row[name] for name in names}
+        for arm in ("stitched", "rotated"):
+            measured |= {f"recovered_{arm}{end}": row[f"recovered_{arm}{end}"] for end in ("", "_low", "_high")}
+        return measured, row["recovered_stitched_low"] > row["recovered_rotated_high"]
+
+    expected = "more cross-entropy recovered than by the map turned at random, intervals apart"
+    return [
+        judged("G5", f"{a.space.model} → {b.space.model}, stitched", "ridge map", expected, lambda a=a, b=b: work(a, b))
+        for pair in zoo.pairs_of_models()
+        for a, b in (pair, pair[::-1])
+    ]
+
+
+def _mapping(zoo: Zoo, a: Adapter, b: Adapter) -> ResidualMap:
+    fit = zoo.parts(a, b).fit
+    assert fit.source_residual is not None and fit.target_residual is not None
+    return fit_map(fit.source_residual, fit.target_residual, fit.docs, seed=zoo.seed)
 
 
 def _across(aligner: Aligner, zoo: Zoo, a: Adapter, b: Adapter) -> Finding:
@@ -107,9 +164,7 @@ def _causal(make: Make, zoo: Zoo, a: Adapter, b: Adapter) -> Finding:
     at = np.flatnonzero(found.matches["q_value"] <= LEVEL)
     if len(at) < 2:
         return {"accepted": len(at)}, False
-    fit = parts.fit
-    assert fit.source_residual is not None and fit.target_residual is not None
-    mapping = fit_map(fit.source_residual, fit.target_residual, fit.docs, seed=zoo.seed)
+    mapping = _mapping(zoo, a, b)
     texts = zoo.unseen_texts()
     chosen = np.random.default_rng(zoo.seed).permutation(len(texts))[:TEXTS]
     checked = check_matches(

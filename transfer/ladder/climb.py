@@ -12,7 +12,7 @@ from rich.table import Table
 
 from aligners.base import Aligner
 from transfer.core.errors import TransferError
-from transfer.ladder.across import across, causal
+from transfer.ladder.across import across, causal, steady, stitched
 from transfer.ladder.copies import evidence, rotated_copy, seeds
 from transfer.ladder.negatives import negatives
 from transfer.ladder.planted import identity, planted
@@ -26,7 +26,7 @@ RUNGS = {
     "G2": "two SAEs of one model",
     "G3": "activations against decoders",
     "G4": "across families, held out and unseen",
-    "G5": "steering along matches",
+    "G5": "steering along matches, and running on from a mapped residual stream",
     "G6": "negatives",
 }
 METHODS = ("activation", "map", "unembedding", "sinkhorn", "relative", "fused")
@@ -87,8 +87,8 @@ def climb(plan: Plan, zoo: Zoo) -> Iterator[Row]:
         "G1": lambda: planted(make, plan.draws, plan.seed, plan.stress),
         "G2": lambda: seeds(make, plain, zoo),
         "G3": lambda: evidence(zoo),
-        "G4": lambda: across(makers, zoo),
-        "G5": lambda: causal(make, zoo),
+        "G4": lambda: across(makers, zoo) + steady(make, zoo),
+        "G5": lambda: causal(make, zoo) + stitched(zoo),
         "G6": lambda: negatives(make, plain, zoo),
     }
     for rung in RUNGS:
