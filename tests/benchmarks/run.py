@@ -13,9 +13,12 @@ AREAS = ("cli", "harvest", "token_align", "stitch", "topk", "corr", "assign", "o
 def main() -> None:
     """Run the areas named on the command line, or all."""
     torch.set_num_threads(1)
+    from transformers.utils import logging
+
     from transfer.core.console import set_quiet
 
     set_quiet(True)
+    logging.disable_progress_bar()
     for area in sys.argv[1:] or AREAS:
         importlib.import_module(f"tests.benchmarks.{area}").main()
 
