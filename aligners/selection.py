@@ -10,8 +10,8 @@ import scipy.sparse as sp
 from jaxtyping import Float, Int
 
 from aligners.confidence import Judged, q_values
+from aligners.dense_ot import transport
 from aligners.sparse_assignment import sparse_one_to_one
-from aligners.sparse_ot import exact_transport, sparse_sinkhorn
 from aligners.transport import Problem, transport_matches
 from transfer.core.errors import TransferError
 
@@ -78,11 +78,7 @@ def select_edges(
         if not len(keep):
             return Selection(keep, sp.csr_matrix(shape, dtype=np.float32), info={"relative_gap": 0.0})
         problem = Problem.of(cost, slack=EVEN)
-        plan = (
-            exact_transport(problem)
-            if rule == "exact"
-            else sparse_sinkhorn(problem, reg=REG, gap=GAP, max_iter=max_iter, tol=tol)
-        )
+        plan = transport(problem, reg=0 if rule == "exact" else REG, gap=GAP, max_iter=max_iter, tol=tol)
         rows, cols, _ = transport_matches(plan)
         carried = float(plan.coupling.sum())
         return Selection(

@@ -8,15 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aligners.activation import ActivationAligner
+from aligners.assignment import DENSE_LIMIT
 from aligners.base import Aligner
 from aligners.chance import RandomAligner
 from aligners.decoder import DecoderAligner, comparable
+from aligners.dense_ot import all_pairs, dense_transport, transport
 from aligners.metrics import agreement
 from aligners.planted import Planted, planted_pair
-from aligners.sinkhorn import KEEP, SinkhornAligner, entropic_plan, keep_largest, plan_matches, typical
+from aligners.sinkhorn import KEEP, SinkhornAligner, keep_largest, typical
+from aligners.sparse_ot import sparse_sinkhorn
 from aligners.topk import unit_rows
+from aligners.transport import Problem, transport_matches
 from transfer.core.errors import TransferError
 
 
@@ -143,16 +149,18 @@ def test_small_reg_gives_the_exact_assignment() -> None:
     import ot
 
     cost = np.random.default_rng(0).uniform(size=(12, 12))
-    exact = ot.emd(np.full(12, 1 / 12), np.full(12, 1 / 12), cost)
-    costs = []
-    for reg in (0.1, 0.03, 0.008):
-        plan = entropic_plan(cost, reg=reg, slack=None, **PLAN)
-        costs.append(plan.cost)
-    rows, cols = plan_matches(plan)
+    exact = ot.emd(np.ones(12), np.ones(12), cost)
+    problem = Problem.of(all_pairs(cost))
+    plans = [transport(problem, reg=reg, **PLAN) for reg in (0.1, 0.03, 0.008)]
+    rows, cols, _ = transport_matches(plans[-1])
     assert np.array_equal(cols, exact.argmax(axis=1)) and len(rows) == 12
     optimum = float((exact * cost).sum())
+    costs = [float(plan.coupling.multiply(cost).sum()) for plan in plans]
     assert costs[0] > costs[1] > costs[2] >= optimum - 1e-6
     assert costs[2] - optimum < 0.05 * optimum
+    for plan in plans:
+        assert plan.dual <= optimum + 1e-9 <= plan.primal + 2e-9
+    assert transport(problem, reg=0).primal == pytest.approx(optimum)
 
 
 def test_small_reg_with_slack_is_partial_assignment() -> None:
@@ -160,23 +168,45 @@ def test_small_reg_with_slack_is_partial_assignment() -> None:
     from aligners.assignment import one_to_one
 
     cost = np.random.default_rng(2).uniform(size=(9, 7))
-    plan = entropic_plan(cost, reg=0.008, slack=0.3, **PLAN)
+    plan = transport(Problem.of(all_pairs(cost), slack=0.3), reg=0.008, **PLAN)
     rows, cols = one_to_one(0.3 - cost)
-    assert sorted(zip(*plan_matches(plan), strict=True)) == sorted(zip(rows, cols, strict=True))
+    assert sorted(zip(*transport_matches(plan)[:2], strict=True)) == sorted(zip(rows, cols, strict=True))
     assert 0 < len(rows) < 7
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.sampled_from(["balanced", "slack", "unbalanced"]), st.integers(0, 99))
+def test_the_front_door_gives_one_answer(n: int, m: int, kind: str, seed: int) -> None:
+    """POT over all pairs and our iterations along the same edges: one optimum, bracketed by both accounts."""
+    rng = np.random.default_rng(seed)
+    cost = all_pairs(np.round(rng.uniform(size=(n, m)), 1))  # zeros and ties are edges too
+    options = {"balanced": {}, "slack": {"slack": 0.6}, "unbalanced": {"kl": 0.4}}[kind]
+    problem = Problem.of(cost, source_mass=rng.uniform(0.5, 2, n), **options) if options else Problem.of(cost)
+    dense = transport(problem, reg=0.05, max_iter=50000, tol=1e-6)
+    ours = sparse_sinkhorn(problem, reg=0.05, max_iter=50000, tol=1e-6)
+    assert dense.converged and ours.converged and dense.kind == kind
+    room = 1e-4 * problem.source_mass.sum()
+    assert dense.dual <= ours.primal + room and ours.dual <= dense.primal + room
+    if kind != "slack":  # there the bins differ above temperature zero
+        assert np.allclose(dense.coupling.toarray(), ours.coupling.toarray(), atol=1e-3)
+    if kind != "unbalanced":
+        best = transport(problem, reg=0)
+        assert dense.dual <= best.primal + 1e-7 and best.primal <= dense.primal + 1e-7
+        assert dense.relative_gap < 0.6
 
 
 @pytest.mark.parametrize("slack", [None, 0.5])
 @pytest.mark.parametrize("reg", [0.5, 0.004])
 def test_errors_are_the_plans_own(slack: float | None, reg: float) -> None:
     """Also in the log domain (cost/reg near 250): sums add up to a unit a feature, and errors are below tol."""
-    cost = np.random.default_rng(1).uniform(size=(6, 6))
-    plan = entropic_plan(cost, reg=reg, slack=slack, max_iter=20000, tol=1e-4)
-    assert plan.row_error < 1e-4 and plan.col_error < 1e-4
-    assert np.allclose(plan.mass.sum(axis=1) + plan.row_slack, 1, atol=2e-3)
-    assert np.allclose(plan.mass.sum(axis=0) + plan.col_slack, 1, atol=2e-3)
-    cut = entropic_plan(cost, reg=reg, slack=slack, max_iter=1, tol=1e-4)
-    assert max(cut.row_error, cut.col_error) > 1e-4
+    problem = Problem.of(all_pairs(np.random.default_rng(1).uniform(size=(6, 6))), slack=slack)
+    plan = transport(problem, reg=reg, max_iter=20000, tol=1e-4)
+    assert plan.converged and plan.row_error < 1e-4 and plan.col_error < 1e-4
+    mass = plan.coupling.toarray()
+    assert np.allclose(mass.sum(axis=1) + plan.row_slack, 1, atol=2e-3)
+    assert np.allclose(mass.sum(axis=0) + plan.col_slack, 1, atol=2e-3)
+    cut = transport(problem, reg=reg, max_iter=1, tol=1e-4)
+    assert max(cut.row_error, cut.col_error) > 1e-4 and not cut.converged
     assert cut.n_iter == 1
 
 
@@ -190,11 +220,16 @@ def test_underflow_is_not_called_convergence(easy: Planted) -> None:
 
 
 def test_transport_refuses() -> None:
-    with pytest.raises(TransferError, match="4096"):
-        entropic_plan(np.broadcast_to(0.0, (5000, 3)), reg=0.1, slack=None, max_iter=1, tol=1e-3)
-    for bad in ({"reg": 0}, {"max_iter": 0}, {"tol": 0}, {"slack": -1.0}):
+    problem = Problem.of(all_pairs(np.ones((2, 2))), slack=0.3)
+    bad: dict[str, Any]
+    for bad in ({"reg": -1.0}, {"reg": 0.1, "max_iter": 0}, {"reg": 0.1, "tol": 0}):
         with pytest.raises(TransferError, match="Transport needs"):
-            entropic_plan(np.ones((2, 2)), **{"reg": 0.1, "slack": None, "max_iter": 1, "tol": 1e-3, **bad})
+            transport(problem, **bad)
+    with pytest.raises(TransferError, match="all 4 pairs, got 2"):
+        dense_transport(Problem.of(sp.csr_matrix(np.eye(2)), slack=0.3), reg=0.1)
+    # Above the limit the same problem is solved along its edges.
+    wide = Problem.of(all_pairs(np.full((2, DENSE_LIMIT + 1), 0.1)), slack=0.3)
+    assert transport(wide, reg=0.05).converged
 
 
 def test_dense_limit_is_checked_before_the_matrix(monkeypatch: pytest.MonkeyPatch, easy: Planted) -> None:

@@ -88,11 +88,11 @@ def dense(n: int, degree: int) -> None:
 
 def jax_iterations(cost: np.ndarray, mass: np.ndarray, count: int) -> Callable[[], object]:
     """Compiled once, on the processor."""
-    import jax
-    import jax.numpy as jnp
-    from ott.geometry.geometry import Geometry
-    from ott.problems.linear.linear_problem import LinearProblem
-    from ott.solvers.linear.sinkhorn import Sinkhorn
+    import jax  # pyright: ignore[reportMissingImports]
+    import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
+    from ott.geometry.geometry import Geometry  # pyright: ignore[reportMissingImports]
+    from ott.problems.linear.linear_problem import LinearProblem  # pyright: ignore[reportMissingImports]
+    from ott.solvers.linear.sinkhorn import Sinkhorn  # pyright: ignore[reportMissingImports]
 
     solver = jax.jit(Sinkhorn(lse_mode=True, threshold=-1.0, min_iterations=count, max_iterations=count))
     weights = jnp.asarray(mass)

@@ -95,7 +95,7 @@ def flat_index(n: int = 16_384, d: int = 1024) -> None:
     """Against faiss, where it is installed: its flat index, one search each way, on a part of the rows."""
     if find_spec("faiss") is None:
         return
-    import faiss
+    import faiss  # pyright: ignore[reportMissingImports]
 
     faiss.omp_set_num_threads(1)
     x, y, _ = dictionaries(n, d)
