@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports import order
+from reports import families, order
 from reports.load import Row, Run, load_run
 from reports.words import (
     ABSENT,
@@ -32,6 +32,8 @@ MAX_TABLE = 200
 """Rows shown of any table or list; the rest is one link away."""
 MAX_EXAMPLES = 48
 """Matched features shown side by side."""
+MAX_FAMILIES = 12
+"""Families shown side by side."""
 MAX_SPANS = 5
 """Spans shown per feature and side."""
 MAX_TEXT = 900
@@ -146,7 +148,8 @@ def by_writer(samples: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
 def _references(run: Run) -> Iterable[Any]:
     for rows in (*run.results.values(), *run.details.values()):
         for row in rows:
-            yield from (row[k] for k in ("source", "target", "model", "generator") if row.get(k))
+            yield from (row[k] for k in ("source", "target", "through", "model", "generator") if row.get(k))
+    yield from (member["model"] for family in run.details["families"] for member in family["members"])
     yield from (card["name"] for card in run.details["cards"])
 
 
@@ -199,9 +202,11 @@ def render(run: Run) -> tuple[str, list[Any]]:
 
     names = Names(_references(run))
     results = {name: _with_place(name, rows) for name, rows in run.results.items()}
-    details = {name: _with_place(name, rows) for name, rows in run.details.items()}
+    # Both files hold families; no two places on the page may have one name.
+    details = {name: _with_place(f"{name}.shown" if name in results else name, r) for name, r in run.details.items()}
     drawings = [
         figures.alignment(results["alignments"], names),
+        families.figure(results["families"], names),
         figures.coverage(results["coverage"], names),
         figures.funnel(results["synthesis"], names),
         figures.transfer_matrix(results["transfer"], names),
@@ -217,6 +222,11 @@ def render(run: Run) -> tuple[str, list[Any]]:
     for example in examples:
         for side in ("source_spans", "target_spans"):
             example[f"{side}_shown"] = spans_for_display(example, side)
+    shared = details["families"][:MAX_FAMILIES]
+    for family in shared:
+        for j, member in enumerate(family["members"]):
+            member["at"] = f"{family['at']}.members.{j}"
+            member["spans_shown"] = spans_for_display(member, "spans")
     models = sorted({names(r) for r in _references(run)} - {""})
     environment = _environment(names)
     body = environment.get_template("sections.html.j2").render(
@@ -231,6 +241,13 @@ def render(run: Run) -> tuple[str, list[Any]]:
         comparisons=order.sorted_comparisons(results["comparisons"]),
         examples=examples,
         n_examples=len(details["examples"]),
+        shares=families.sorted_shares(results["families"]),
+        family_counts=results["family_counts"],
+        compositions=families.sorted_compositions(results["compositions"]),
+        context=families.sorted_context(results["context"]),
+        no_context=families.pairs_without_context(results["alignments"], results["context"], names),
+        families=shared,
+        n_families=len(details["families"]),
         missing=details["missing"],
         samples=by_writer(details["samples"][:MAX_TABLE]),
         n_samples=len(details["samples"]),

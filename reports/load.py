@@ -64,6 +64,35 @@ RESULTS: dict[str, Columns] = {
         ),
         _words("delta low high p p_holm n_seeds n_train n_train_control mde seeds_needed boot_low boot_high"),
     ),
+    "families": Columns(
+        _words("model universal shared private n_testable"),
+        _words(
+            "space universal_low universal_high shared_low shared_high private_low private_high n_untestable "
+            "n_undecided n_testable_least"
+        ),
+        _words(
+            "universal shared private n_testable universal_low universal_high shared_low shared_high private_low "
+            "private_high n_untestable n_undecided n_testable_least"
+        ),
+    ),
+    "family_counts": Columns(
+        _words("n_universal n_broken n_chains n_chains_closed"),
+        _words("method q_value n_spaces n_pairs_only consistency refused"),
+        _words("n_universal n_broken n_chains n_chains_closed q_value n_spaces n_pairs_only consistency"),
+    ),
+    "compositions": Columns(
+        _words("source through target n_claims n_agree n_contradicted share expected p_value"),
+        _words("share_low share_high overlap overlap_low overlap_high overlap_expected n_silent lost"),
+        _words(
+            "n_claims n_agree n_contradicted share expected p_value share_low share_high overlap overlap_low "
+            "overlap_high overlap_expected n_silent lost"
+        ),
+    ),
+    "context": Columns(
+        _words("source target measure value null_mean p_value score n_rows"),
+        _words("null_high n_null n_matches"),
+        _words("value null_mean p_value score n_rows null_high n_null n_matches"),
+    ),
     "claims": Columns(("sentence",), _words("verdict number low high control anchor"), _words("number low high")),
     "alerts": Columns(_words("level text")),
 }
@@ -74,6 +103,7 @@ DETAILS: dict[str, Columns] = {
         _words("score heldout_corr q_value"),
         _words("source_spans target_spans"),
     ),
+    "families": Columns(("members",), ("heldout_corr_least",), ("heldout_corr_least",), ("members",)),
     "samples": Columns(
         _words("source generator feature text"),
         _words("label score delta step strength positive verdict"),
@@ -82,6 +112,8 @@ DETAILS: dict[str, Columns] = {
     "missing": Columns(_words("model feature"), _words("label description n_anchor_docs"), ("n_anchor_docs",)),
     "cards": Columns(("name",)),
 }
+MEMBER = Columns(_words("model feature"), _words("description label spans"), lists=("spans",))
+"""One model's feature of a family."""
 SPAN = Columns(("text",), _words("start end value label"), _words("start end value"))
 _UNWRITABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufffe\\uffff]")
 FILES = ("results.json", "details.json", "manifest.json", "experiment.yaml")
@@ -218,6 +250,11 @@ def load_run(run_dir: Path) -> Run:
         for side in ("source_spans", "target_spans"):
             place = f"details.json: examples[{i}].{side}"
             example[side] = [_row(span, SPAN, f"{place}[{j}]") for j, span in enumerate(example[side])]
+    for i, family in enumerate(details["families"]):
+        place = f"details.json: families[{i}].members"
+        family["members"] = [_row(member, MEMBER, f"{place}[{j}]") for j, member in enumerate(family["members"])]
+        for j, member in enumerate(family["members"]):
+            member["spans"] = [_row(s, SPAN, f"{place}[{j}].spans[{k}]") for k, s in enumerate(member["spans"])]
     manifest = _object(run_dir / "manifest.json") if there["manifest.json"] else {}
     config_text, config = _read_yaml(run_dir / "experiment.yaml") if there["experiment.yaml"] else ("", {})
     return Run(

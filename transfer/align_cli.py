@@ -27,6 +27,7 @@ Match features between models.
   transfer align score a --corpus new.jsonl      the same matches on other texts
   transfer align show a
   transfer align export a --out a.graphml
+  transfer align families a b c                  artefacts of all pairs of three models or more, taken together
   transfer align ladder                          tests of an aligner where the answer is known"""
 
 
@@ -226,6 +227,25 @@ def export(
 
     found = write(Alignment.load(folder), out, format=format, q_max=q_max, least_mass=least_mass, force=force)
     show(found if as_json else "{file}: {matches} matches, {splits} splits".format(**found))
+
+
+@align.command()
+def families(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="ARTEFACT ARTEFACT...", help="Folders that `transfer align fit` wrote.")
+    ],
+    q_max: Level = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Features that all models share, from the artefacts of every pair: shares, consistency, compositions.
+
+    Universal features belong to a family of all models whose pairs are all matches, shared ones have a match, private
+    ones none (missed matches included). A composition goes from A to C through B and is compared with A to C.
+    """
+    from transfer import families as found
+
+    numbers = found.numbers(found.load(folders), q_max)
+    show(numbers if as_json else found.text(numbers))
 
 
 @align.command()

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.explain import Span, WordCounts, describe, top_spans
+from transfer.families import ranked
 
 if TYPE_CHECKING:
     from transfer.pipeline import Pipeline
 
 EXAMPLES = 8
 """Matched features shown per pair of models."""
+FAMILIES = 12
+"""Features that all models share, shown side by side."""
 SPANS = 4
 SAMPLES = 12
 """Generated texts shown per writer."""
@@ -29,6 +32,7 @@ def details(pipeline: Pipeline) -> dict[str, Any]:
             for source, target in itertools.combinations(pipeline.experiment.models, 2)
             for row in _examples(pipeline, source, target, anchor, background)
         ],
+        "families": _families(pipeline, anchor, background),
         "samples": [row for name in pipeline.experiment.models for row in _samples(pipeline, name)],
         "missing": [row for name in pipeline.experiment.models for row in _missing(pipeline, name, anchor, background)],
         "cards": [_card(pipeline, name) for name in pipeline.experiment.models],
@@ -62,8 +66,6 @@ def _examples(
     rows = []
     for i in order:
         a, b = int(columns["source"][i]), int(columns["target"][i])
-        shown = here[a] + there[b]
-        tags = [labels[s.doc_id] for s in shown]
         rows.append(
             {
                 "source": pipeline.spaces[source].model,
@@ -75,11 +77,45 @@ def _examples(
                 "q_value": float(columns["q_value"][i]),
                 "source_description": describe(here[a], background),
                 "target_description": describe(there[b], background),
-                "label": max(sorted(set(tags)), key=tags.count) if tags else "",
+                "label": _usual([labels[s.doc_id] for s in here[a] + there[b]]),
                 "source_spans": [_span_row(s, labels) for s in here[a]],
                 "target_spans": [_span_row(s, labels) for s in there[b]],
             }
         )
+    return rows
+
+
+def _usual(tags: list[str]) -> str:
+    """The most frequent label; empty without any."""
+    return max(sorted(set(tags)), key=tags.count) if tags else ""
+
+
+def _families(pipeline: Pipeline, anchor: Corpus, background: WordCounts) -> list[dict[str, Any]]:
+    """Families over all of three models or more, best first by their weakest match, with each model's strongest text.
+
+    Two models have none: theirs are the examples.
+    """
+    spaces = {name: space.id for name, space in pipeline.spaces.items()}
+    if len(set(spaces.values())) < max(3, len(spaces)):
+        return []
+    best = ranked(pipeline.in_use, pipeline.experiment.align.q_value)[:FAMILIES]
+    spans = {n: _spans(pipeline.stores[n], anchor, [family[i] for _, family in best]) for n, i in spaces.items()}
+    labels = {t.id: t.label for t in anchor}
+    rows = []
+    for corr, family in best:
+        members = []
+        for name, space in spaces.items():
+            found = spans[name][family[space]]
+            members.append(
+                {
+                    "model": pipeline.spaces[name].model,
+                    "feature": family[space],
+                    "description": describe(found, background),
+                    "label": _usual([labels[s.doc_id] for s in found]),
+                    "spans": [_span_row(s, labels) for s in found[:1]],
+                }
+            )
+        rows.append({"heldout_corr_least": corr, "members": members})
     return rows
 
 

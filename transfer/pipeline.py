@@ -14,7 +14,7 @@ import yaml
 
 from aligners.calibrate import shuffled
 from models.adapter import Adapter
-from transfer import arms, results, stages
+from transfer import arms, families, results, stages
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment
 from transfer.core.console import say
@@ -116,19 +116,18 @@ class Pipeline:
         return found
 
     @cached_property
-    def alignments(self) -> dict[tuple[str, str, str], Alignment]:
-        """(source, target, method) → alignment, for all ordered pairs; each unordered pair is fitted once."""
-        found: dict[tuple[str, str, str], Alignment] = {}
+    def aligned(self) -> dict[tuple[str, str], Path]:
+        """Folder of each unordered pair: its alignments, and ``context.json``."""
+        found: dict[tuple[str, str], Path] = {}
         stores = self.stores
         for source, target in itertools.combinations(self.experiment.models, 2):
-            settings = self.experiment.align
             inputs = {
                 **self._space_inputs(source, target),
                 "corpus": self.reference.hash,
                 **self._settings("harvest", "align"),
                 "seed": self.experiment.seed,
             }
-            folder = self.dir.stage(
+            found[source, target] = self.dir.stage(
                 "align",
                 inputs,
                 lambda out, s=source, t=target: stages.align(
@@ -136,11 +135,24 @@ class Pipeline:
                 ),
                 f"{source}-{target}",
             )
+        return found
+
+    @cached_property
+    def alignments(self) -> dict[tuple[str, str, str], Alignment]:
+        """(source, target, method) → alignment, for all ordered pairs; each unordered pair is fitted once."""
+        found: dict[tuple[str, str, str], Alignment] = {}
+        settings = self.experiment.align
+        for (source, target), folder in self.aligned.items():
             for method in (*settings.methods, f"{settings.use}-best"):
                 alignment = Alignment.load(folder / method)
                 found[source, target, method] = alignment
                 found[target, source, method] = alignment.reversed()
         return found
+
+    @property
+    def in_use(self) -> list[Alignment]:
+        """The method in use, one alignment each two models, with all its matches."""
+        return [self.alignments[source, target, self.experiment.align.use] for source, target in self.aligned]
 
     def matches(self, source: str, target: str) -> Alignment:
         """Significant mutual matches of the method in use: which features correspond."""
@@ -282,17 +294,19 @@ class Pipeline:
         if rank == 0:
             return numbers
         pairs = itertools.permutations(self.experiment.models, 2)
-        methods = self.experiment.align.methods
-        numbers["alignments"] = [self.alignments[s, t, m].summary() for s, t in pairs for m in methods]
+        settings = self.experiment.align
+        numbers["alignments"] = [self.alignments[s, t, m].summary() for s, t in pairs for m in settings.methods]
         numbers["carriers"] = [
             {
                 "source": a.source.model,
                 "target": a.target.model,
                 "n_pairs": len(a),
-                "q_value": self.experiment.align.q_value,
+                "q_value": settings.q_value,
             }
             for a in (self.carriers(s, t) for s, t in itertools.permutations(self.experiment.models, 2))
         ]
+        numbers.update(families.numbers(self.in_use, settings.q_value, seed=self.experiment.seed))
+        numbers["context"] = [row for folder in self.aligned.values() for row in read_json(folder / "context.json")]
         if rank >= 2:
             numbers["coverage"] = [report.summary() for report, _ in self.coverage.values()]
         if rank >= 3:

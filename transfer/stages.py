@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from models.activations import harvest as harvest_store
 from models.adapter import Adapter
 from models.generators import SteeredGenerator
-from transfer import arms
+from transfer import arms, families
 from transfer.core.alignment import Alignment
 from transfer.core.config import DataSection, Experiment, HarvestSection
 from transfer.core.console import progress, say
@@ -159,7 +159,10 @@ def align(
     out: Path,
     experiment: Experiment,
 ) -> None:
-    """Fit every method on one part of the documents, and score its frozen matches on the other."""
+    """Fit every method on one part of the documents, and score its frozen matches on the other.
+
+    ``context.json`` compares the decoder rows of the accepted matches of the method in use as a whole.
+    """
     from aligners.assignment import counterparts
     from aligners.calibrate import score_matches
     from aligners.tokens import pair_stores
@@ -174,7 +177,7 @@ def align(
     fit, heldout = pairs.split(settings.fit_fraction, seed=experiment.seed)
     source, target = views(adapters)
 
-    def score(alignment: Alignment, name: str) -> None:
+    def score(alignment: Alignment, name: str) -> Alignment:
         scored = score_matches(alignment, heldout, n_null=settings.n_null, seed=experiment.seed)
         kept = np.flatnonzero(scored.matches["q_value"] <= settings.q_value)
         info = {
@@ -185,14 +188,19 @@ def align(
             "heldout_corr_significant": float(np.median(scored.matches["heldout_corr"][kept])) if len(kept) else None,
         }
         # Seconds differ from run to run; results must not.
-        dataclasses.replace(scored, method=name, info=info, seconds=0.0).save(out / name)
+        scored = dataclasses.replace(scored, method=name, info=info, seconds=0.0)
+        scored.save(out / name)
+        return scored
 
     with progress(f"align {source.space.model} {target.space.model}", len(aligners), "methods") as advance:
         for method, aligner in aligners.items():
             aligner.fit(source, target, pairs=fit)
-            score(aligner.alignment_, method)
+            scored = score(aligner.alignment_, method)
             if method == settings.use:
                 score(counterparts(aligner.alignment_), f"{method}-best")
+                accepted = significant(scored, settings.q_value)
+                rows = families.context(accepted, source, target, seed=experiment.seed)
+                write_json(out / "context.json", rows)
             advance(1)
 
 

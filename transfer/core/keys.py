@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of everything written here; part of every content key."""
 
 
