@@ -83,8 +83,8 @@ def figure(rows: Sequence[Row], names: Names) -> Drawing | None:
         )
         note = f" Drawn: the first {MAX_ROWS} of {len(rows)} rows." if len(rows) > MAX_ROWS else ""
         caption = (
-            f"One bar a model (n = {spread(r['n_testable'] for r in rows)} testable features). Lines are 95 % intervals "
-            "of the universal share, and of the private share counted from the right; that of the shared one is in the "
-            f"table. Private includes matches that were missed.{note}"
+            f"One bar a model (n = {spread(r['n_testable'] for r in rows)} testable features). Lines are 95 % "
+            "intervals of the universal share, and of the private share counted from the right; that of the shared "
+            f"one is in the table. Private includes matches that were missed.{note}"
         )
         return finish(figure, "families", title, caption)

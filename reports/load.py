@@ -68,11 +68,11 @@ RESULTS: dict[str, Columns] = {
         _words("model universal shared private n_testable"),
         _words(
             "space universal_low universal_high shared_low shared_high private_low private_high n_untestable "
-            "n_undecided n_testable_least"
+            "n_undecided"
         ),
         _words(
             "universal shared private n_testable universal_low universal_high shared_low shared_high private_low "
-            "private_high n_untestable n_undecided n_testable_least"
+            "private_high n_untestable n_undecided"
         ),
     ),
     "family_counts": Columns(

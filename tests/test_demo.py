@@ -84,6 +84,32 @@ def test_results_have_the_documented_shape(runs: Path) -> None:
     assert all(0 <= c["fac"] <= 1 for c in results["coverage"])
 
 
+def test_families_are_recounted_from_the_stored_matches(runs: Path) -> None:
+    """Triangles of accepted matches, by plain loops over the arrays that the align stage left."""
+    results = json.loads((runs / "demo" / "results.json").read_text("utf8"))
+    places = json.loads((runs / "demo" / "stages.json").read_text("utf8"))
+    settings = load_experiment("demo").align
+    pairs: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for names in (("llama", "mistral"), ("llama", "qwen"), ("mistral", "qwen")):
+        (file,) = (runs / ".store" / places["align {}-{}".format(*names)] / settings.use).glob("*.safetensors")
+        found = load_arrays(file)
+        kept = found["match_q_value"] <= settings.q_value
+        pairs[names] = set(zip(*(found[f"match_{s}"][kept].tolist() for s in ("source", "target")), strict=True))
+    triangles = {
+        (i, j, k)
+        for i, j in pairs["llama", "mistral"]
+        for a, k in pairs["llama", "qwen"]
+        if a == i and (j, k) in pairs["mistral", "qwen"]
+    }
+    assert results["family_counts"][0]["n_universal"] == len(triangles) > 20
+    for place, row in enumerate(results["families"]):
+        assert row["universal"] == pytest.approx(len({t[place] for t in triangles}) / row["n_testable"])
+        assert row["universal"] + row["shared"] + row["private"] == pytest.approx(1)
+    assert {c["n_agree"] for c in results["compositions"]} == {len(triangles)}  # matches are one-to-one
+    details = json.loads((runs / "demo" / "details.json").read_text("utf8"))
+    assert all(tuple(m["feature"] for m in f["members"]) in triangles for f in details["families"])
+
+
 def test_written_arms_have_one_budget(runs: Path) -> None:
     results = json.loads((runs / "demo" / "results.json").read_text("utf8"))
     for target in ("zoo:llama", "zoo:mistral", "zoo:qwen"):

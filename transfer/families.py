@@ -46,51 +46,69 @@ def numbers(alignments: Iterable[Alignment], q_max: float, *, seed: int = 0) -> 
     if not pairs:
         return {"families": [], "family_counts": [], "compositions": []}
     spaces = {space.id: space for a in pairs.values() for space in (a.source, a.target)}
-    names = _names(spaces.values())
-    found = families(list(pairs.values()), q_max)
-    counts = {
-        "method": ", ".join(sorted({a.method for a in pairs.values()})),
+    chosen = list(pairs.values())
+    rows: Rows = []
+    refused = ""
+    try:
+        rows = _share_rows(chosen, spaces, q_max)
+    except TransferError as error:  # the rest still holds
+        refused = str(error)
+    counts = {**_counts(chosen, q_max), "refused": refused}
+    compositions = _compositions(pairs, spaces, q_max, seed)
+    return plain({"families": rows, "family_counts": [counts], "compositions": compositions})
+
+
+def _counts(alignments: list[Alignment], q_max: float) -> dict[str, Any]:
+    found = families(alignments, q_max)
+    return {
+        "method": ", ".join(sorted({a.method for a in alignments})),
         "q_value": q_max,
-        "n_spaces": len(spaces),
+        "n_spaces": len(found.spaces),
         "n_universal": len(found.universal),
         "n_pairs_only": found.pairs_only,
         "n_broken": found.broken,
         "n_chains": found.chains,
         "n_chains_closed": found.chains_closed,
         "consistency": found.consistency,
-        "refused": "",
     }
+
+
+def _share_rows(alignments: list[Alignment], spaces: dict[str, FeatureSpace], q_max: float) -> Rows:
+    by_space = {share.space: share for share in shares(alignments, q_max)}
     rows: Rows = []
-    try:
-        by_space = {share.space: share for share in shares(list(pairs.values()), q_max)}
-    except TransferError as error:  # the rest still holds
-        counts["refused"] = str(error)
-    else:
-        for space in spaces.values():
-            share = by_space[space.id]
-            parts = {k: v for part in ("universal", "shared", "private") for k, v in _with_ends(share, part).items()}
-            sizes = ("n_testable", "n_untestable", "n_undecided", "n_testable_least")
-            rows.append({"model": space.model, "space": space.id, **parts, **{n: getattr(share, n) for n in sizes}})
-    compositions: Rows = []
+    for space in spaces.values():
+        share = by_space[space.id]
+        parts = {k: v for part in ("universal", "shared", "private") for k, v in _with_ends(share, part).items()}
+        sizes = {name: getattr(share, name) for name in ("n_testable", "n_untestable", "n_undecided")}
+        rows.append({"model": space.model, "space": space.id, **parts, **sizes})
+    return rows
+
+
+def _compositions(
+    pairs: dict[frozenset[str], Alignment], spaces: dict[str, FeatureSpace], q_max: float, seed: int
+) -> Rows:
+    names = _names(spaces.values())
+    rows: Rows = []
     for triple in itertools.combinations(spaces, 3):
         for through in triple:
             source, target = (space for space in triple if space != through)
-            ends = ((source, through), (through, target), (source, target))
-            row = associativity(*(pairs[frozenset(two)] for two in ends), q_max, seed=seed)
-            sizes = ("n_claims", "n_agree", "n_contradicted", "n_silent")
-            compositions.append(
+            ab, bc, ac = (pairs[frozenset(two)] for two in ((source, through), (through, target), (source, target)))
+            found = associativity(ab, bc, ac, q_max, seed=seed)
+            rows.append(
                 {
-                    **dict(zip(("source", "through", "target"), (names[s] for s in row.spaces), strict=True)),
-                    **{name: getattr(row, name) for name in sizes},
-                    **_with_ends(row, "share"),
-                    "expected": row.expected,
-                    "p_value": row.p_value,
-                    **_with_ends(row, "overlap"),
-                    "overlap_expected": row.overlap_expected,
-                    "lost": row.lost,
+                    "source": names[source],
+                    "through": names[through],
+                    "target": names[target],
+                    **{n: getattr(found, n) for n in ("n_claims", "n_agree", "n_contradicted", "n_silent")},
+                    **_with_ends(found, "share"),
+                    "expected": found.expected,
+                    "p_value": found.p_value,
+                    **_with_ends(found, "overlap"),
+                    "overlap_expected": found.overlap_expected,
+                    "lost": found.lost,
                 }
             )
-    return plain({"families": rows, "family_counts": [counts], "compositions": compositions})
+    return rows
 
 
 def _ends(alignment: Alignment) -> frozenset[str]:
@@ -213,7 +231,7 @@ def load(folders: Sequence[Path]) -> list[Alignment]:
     for two in itertools.combinations(spaces, 2):
         if frozenset(two) not in pairs:
             raise TransferError(
-                f"Families of {len(spaces)} spaces need an artefact of every pair; {two[0]} with {two[1]} is not named.",
+                f"Families of {len(spaces)} spaces need an artefact of every pair; none is of {two[0]} with {two[1]}.",
                 "Fit it with `transfer align fit`.",
             )
     return [alignment for _, alignment in pairs.values()]
@@ -224,8 +242,8 @@ def text(found: dict[str, Rows]) -> str:
     counts = found["family_counts"][0]
     lines = [
         f"{counts['method']}, q ≤ {counts['q_value']:g}, {counts['n_spaces']} spaces",
-        f"families     {counts['n_universal']} with a feature of every space · {counts['n_broken']} connected groups of "
-        f"three spaces or more without one · {counts['n_pairs_only']} groups of two",
+        f"families     {counts['n_universal']} with a feature of every space · {counts['n_broken']} connected groups "
+        f"of three spaces or more without one · {counts['n_pairs_only']} groups of two",
         f"consistency  {_number(counts['consistency'])}: {counts['n_chains_closed']} of {counts['n_chains']} chains "
         "a–b–c are matched a–c too",
         "",
