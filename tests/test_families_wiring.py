@@ -44,7 +44,7 @@ def scored(a: str, b: str, matches: Matches, corr: list[float] | None = None, te
 
 
 def triangle() -> list[Alignment]:
-    """One family (0), one broken group (a1-b1-c5), two pairs (a3-c3, b2-c6), a match above the level, one never tested."""
+    """One family (0), a broken group (a1-b1-c5), two pairs (a3-c3, b2-c6), one match above the level, one untested."""
     return [
         scored("a", "b", [(0, 0, 0.01), (1, 1, 0.01), (2, 2, 0.5)]),
         scored("b", "c", [(0, 0, 0.01), (1, 5, 0.01), (2, 6, 0.01), (4, 4, math.nan)]),
