@@ -338,4 +338,4 @@ def true_entries(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _padded(block: torch.Tensor, rows: int) -> torch.Tensor:
     import torch
 
-    return torch.nn.functional.pad(block, (0, 0, 0, rows - len(block)))
+    return block if len(block) == rows else torch.nn.functional.pad(block, (0, 0, 0, rows - len(block)))
