@@ -101,8 +101,8 @@ def planted_pair(
     src_tokens = tgt_tokens @ mapping.T
     src_tokens = src_tokens + noise * src_tokens.std() * rng.normal(size=src_tokens.shape)
     return Planted(
-        source=_view("source", src_directions, src_tokens),
-        target=_view("target", tgt_directions, tgt_tokens),
+        source=planted_view("source", src_directions, src_tokens),
+        target=planted_view("target", tgt_directions, tgt_tokens),
         pairs=PairedActivations(
             source_codes,
             target_codes,
@@ -163,7 +163,10 @@ def _residual(
     return (clean + noise * clean.std() * rng.normal(size=clean.shape)).astype(np.float32)
 
 
-def _view(name: str, directions: np.ndarray, tokens: np.ndarray) -> FeatureView:
+def planted_view(
+    name: str, directions: Float[np.ndarray, "n d"], tokens: Float[np.ndarray, "shared d"] | None = None
+) -> FeatureView:
+    """A view of a space that no model has, with these decoder rows and unembedding rows."""
     n, d = directions.shape
     space = FeatureSpace(
         model=f"planted:{name}",
@@ -176,7 +179,7 @@ def _view(name: str, directions: np.ndarray, tokens: np.ndarray) -> FeatureView:
         rule="planted",
         template_offset=0,
     )
-    return FeatureView(space, directions.astype(np.float32), tokens.astype(np.float32))
+    return FeatureView(space, directions.astype(np.float32), None if tokens is None else tokens.astype(np.float32))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -9,8 +9,9 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 
+from aligners.planted import planted_view
 from transfer.core.errors import TransferError
-from transfer.core.space import FeatureSpace, FeatureView
+from transfer.core.space import FeatureView
 from transfer.core.store import PairedActivations
 
 
@@ -127,8 +128,8 @@ def stress_pair(setting: Setting = STRESS, seed: int = 0) -> StressPair:
     directions = _unit(rng.normal(size=(s.n_concepts, s.d_source)))
     mapping = rng.normal(size=(s.d_source, s.d_target)) / np.sqrt(s.d_source)
     return StressPair(
-        source=_view("source", _rows(rng, s, left, directions, None)),
-        target=_view("target", _rows(rng, s, right, directions, mapping)),
+        source=planted_view("stress:source", _rows(rng, s, left, directions, None)),
+        target=planted_view("stress:target", _rows(rng, s, right, directions, mapping)),
         pairs=PairedActivations(_codes(rng, s, left, events), _codes(rng, s, right, events), docs),
         left=left,
         right=right,
@@ -211,22 +212,6 @@ def _rows(
     noise = _unit(rng.normal(size=signal.shape))
     rows = np.sqrt(1 - s.noise**2) * signal + s.noise * noise
     return (rows * rng.uniform(0.5, 2.0, size=(len(rows), 1))).astype(np.float32)
-
-
-def _view(name: str, directions: np.ndarray) -> FeatureView:
-    n, d = directions.shape
-    space = FeatureSpace(
-        model=f"stress:{name}",
-        model_hash=name,
-        layer=1,
-        sae=f"stress:{name}",
-        sae_hash=name,
-        n_features=n,
-        d_model=d,
-        rule="planted",
-        template_offset=0,
-    )
-    return FeatureView(space, directions)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

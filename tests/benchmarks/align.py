@@ -12,33 +12,17 @@ import torch
 
 from aligners.correlation import dims
 from aligners.fused import FusedAligner
+from aligners.planted import planted_view
 from aligners.topk import fast_dtype, unit_rows
 from tests.benchmarks import topk
 from tests.benchmarks.case import row, seconds, watched
 from tests.benchmarks.stitch import product_rate
-from transfer.core.space import FeatureSpace, FeatureView
+from transfer.core.space import FeatureView
 from transfer.core.store import PairedActivations
 
 ACTIVE = 40
 DENSE = 4096
 """Features of the dense route: every step of it is quadratic in them or worse."""
-
-
-def space(name: str, directions: np.ndarray) -> FeatureView:
-    """A view of a planted space."""
-    n, d = directions.shape
-    made = FeatureSpace(
-        model=name,
-        model_hash=name,
-        layer=1,
-        sae=name,
-        sae_hash=name,
-        n_features=n,
-        d_model=d,
-        rule="planted",
-        template_offset=0,
-    )
-    return FeatureView(made, directions)
 
 
 def planted(
@@ -72,7 +56,7 @@ def planted(
         residual.astype(np.float16),
         back.astype(np.float16),
     )
-    return space("source", x), space("target", y), pairs, moved[:shared]
+    return planted_view("source", x), planted_view("target", y), pairs, moved[:shared]
 
 
 def dense_route(source: FeatureView, target: FeatureView, pairs: PairedActivations) -> None:

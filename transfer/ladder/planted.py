@@ -12,10 +12,10 @@ import scipy.sparse as sp
 from aligners.base import Aligner
 from aligners.correlation import usable_features
 from aligners.metrics import false_share, is_right
-from aligners.planted import Planted
+from aligners.planted import Planted, planted_view
 from aligners.stress import STRESS, Setting, StressPair, stress_pair
 from transfer.core.alignment import Alignment
-from transfer.core.space import FeatureSpace, FeatureView
+from transfer.core.space import FeatureView
 from transfer.core.stats import mean_interval
 from transfer.core.store import PairedActivations
 from transfer.ladder.row import LEVEL, Finding, Row, judged
@@ -58,8 +58,8 @@ def identity_pair(n: int, *, missing: float = 0.05, width: tuple[int, int] = (12
     turn = rotation(max(width), seed)[: width[0], : width[1]].astype(np.float32)
     truth = np.stack([order, np.arange(len(order))], axis=1)
     return Planted(
-        source=_view("identity:source", directions),
-        target=_view("identity:target", (directions[order] @ turn) / scale[:, None]),
+        source=planted_view("identity:source", directions),
+        target=planted_view("identity:target", (directions[order] @ turn) / scale[:, None]),
         pairs=PairedActivations(source, target, np.arange(rows, dtype=np.int32) // 50),
         truth=truth[np.argsort(truth[:, 0])],
     )
@@ -211,9 +211,3 @@ def with_q_values(aligner: Aligner, source: FeatureView, target: FeatureView, pa
 def _quality(make: Make, setting: Setting, seed: int) -> Quality:
     case = stress_pair(setting, seed=seed)
     return Quality.of(with_q_values(make(), case.source, case.target, case.pairs), case)
-
-
-def _view(name: str, directions: np.ndarray) -> FeatureView:
-    n, d = directions.shape
-    space = FeatureSpace(name, name, 1, name, name, n, d, "planted", 0)
-    return FeatureView(space, directions.astype(np.float32))
