@@ -54,6 +54,22 @@ def test_pooled_claims_are_corrected_for_their_number():
     assert len(pooled) == 3 and {c["verdict"] for c in pooled} == {"undecided"}
 
 
+def test_agreement_of_seeds_does_not_hide_that_cells_disagree():
+    """Seeds share their texts: what one set of texts does comes back with every seed."""
+    cells = []
+    for (source, target), gain in {
+        ("zoo:a", "zoo:b"): 0.1,
+        ("zoo:b", "zoo:a"): -0.02,
+        ("zoo:c", "zoo:a"): 0.01,
+    }.items():
+        for seed in range(3):
+            cells.append(made("mapped", seed, 0.5 + gain + 1e-4 * seed, source=source, target=target))
+            cells.append(made("random", seed, 0.5, source=source, target=target))
+    (found, *_) = claims(summarise(cells, "intent", "auprc"), compare(cells, "auprc"), EXPERIMENT)
+    assert found["number"] == pytest.approx(0.03, abs=1e-3) and found["low"] < -0.1 < 0.1 < found["high"]
+    assert found["verdict"] == "undecided" and "interval over cells" in found["sentence"]
+
+
 def test_arms_for_which_nothing_was_written_make_no_claim():
     """Equal to the seed data, they would count as a sure nothing."""
     cells = []

@@ -79,7 +79,11 @@ def claims(rows: list[TransferResult], comparisons: list[Comparison], experiment
 def _pooled(
     rows: list[TransferResult], comparisons: list[Comparison], recipe: str, arm: str, control: str
 ) -> dict[str, Any] | None:
-    """One arm against one control, averaged over all cells of a recipe; the interval is over seeds."""
+    """One arm against one control, averaged over all cells of a recipe.
+
+    Seeds of the training share their texts, and every cell has texts of its own; the interval is over seeds or over
+    cells, whichever is wider, so that the luck of one set of texts does not look like certainty.
+    """
     cells = [c for c in comparisons if (c.recipe, c.arm, c.control) == (recipe, arm, control)]
     if not cells:
         return None
@@ -87,7 +91,14 @@ def _pooled(
     by_cell = {(r.arm, r.source, r.target): r for r in rows if r.recipe == recipe}
     treated = np.array([by_cell[arm, c.source, c.target].values for c in cells])
     against = np.array([by_cell[control, c.control_source, c.target].values for c in cells])
-    d = stats.paired_delta(treated.mean(axis=0), against.mean(axis=0))
+    over = {
+        "seeds": stats.paired_delta(treated.mean(axis=0), against.mean(axis=0)),
+        "cells": stats.paired_delta(treated.mean(axis=1), against.mean(axis=1)),
+    }
+    if len(cells) < 2:
+        del over["cells"]
+    widest = max(over, key=lambda name: np.nan_to_num(over[name].high - over[name].low, nan=-1.0))
+    d = over[widest]
     better = sum(c.delta > 0 for c in cells)
     wins = sum(c.verdict == "supported" for c in cells)
     names = {
@@ -98,11 +109,11 @@ def _pooled(
         "sentence": (
             f"{names[arm]} change the target's {cells[0].metric.upper()} by {d.delta:+.3f} "
             f"[{d.low:+.3f}, {d.high:+.3f}] against the same budget of {control} features "
-            f"({recipe}, mean of {len(cells)} cells, {d.n} seeds; "
+            f"({recipe}, mean of {len(cells)} cells, {over['seeds'].n} seeds, interval over {widest}; "
             f"better in {better} cells, significant after correction in {wins})"
         ),
         "verdict": "",
-        "p": d.p,
+        "p": max(each.p for each in over.values()),
         "number": d.delta,
         "low": d.low,
         "high": d.high,
@@ -225,7 +236,8 @@ def limits(experiment: Experiment) -> list[str]:
     """What the numbers do not say, in plain words."""
     found = [
         "Intervals of the transfer table are over fine-tuning seeds, with one training set an arm and one evaluation "
-        "split; the boot columns of the comparisons also resample evaluation texts.",
+        "split; the boot columns of the comparisons also resample evaluation texts, and the pooled claims take the "
+        "interval over cells where that is wider.",
         "A q-value guards against chance under a shuffled corpus. Only that of the method fused is also meant to tell "
         "a feature from another that fires on much the same texts (a parent and its child).",
         "Relevance and labels of features come from the labelled anchor by a statistical judge, not from reading them, "
