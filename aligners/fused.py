@@ -242,6 +242,10 @@ class FusedAligner(Aligner):
     that is more likely right than wrong and within ``level``, with its probability as mass, so that a concept that is
     one feature here and two there stays two edges.
 
+    What counts as "the same" is set by the data: by the upper level of the cosines of the best pairs
+    (``info["same_from_cosine"]``). Where two spaces share nothing at all, pairs that are merely related, in activation
+    and in direction, set that level themselves and are accepted; some forty features that are shared prevent it.
+
     Features too rare, dead or always on are counted in ``info`` as untestable and are neither matched nor called
     unmatched; ``info["unmatched_source"]`` and ``_target`` count testable features without an edge in the coupling.
 
@@ -292,6 +296,11 @@ class FusedAligner(Aligner):
         assert pairs is not None
         if self.geometry not in ("auto", "residuals", "pairs"):
             raise TransferError(f"Unknown geometry {self.geometry!r}.", "Use 'auto', 'residuals' or 'pairs'.")
+        if not (0 < self.level <= 1 and self.tol > 0 and self.max_iter >= 1 and self.k >= 1):
+            raise TransferError(
+                f"The fused aligner needs 0 < level ≤ 1, tol > 0, max_iter ≥ 1 and k ≥ 1; got level={self.level}, "
+                f"tol={self.tol}, max_iter={self.max_iter}, k={self.k}."
+            )
         left, right, info = usable_features(pairs, self.min_support)
         src, tgt = (
             ids[np.einsum("nd,nd->n", view.directions, view.directions)[ids] > 0]
@@ -304,14 +313,15 @@ class FusedAligner(Aligner):
         info["testable_source"], info["testable_target"] = len(src), len(tgt)
         codes = PairedCodes.of([(sp.csr_matrix(pairs.source[:, src]), sp.csr_matrix(pairs.target[:, tgt]))])
         x, y = ChosenRows(source.directions, src), ChosenRows(target.directions, tgt)
+        k = min(self.k, max(len(src), len(tgt)))
         kept_residuals = pairs.source_residual is not None and pairs.target_residual is not None
         if kept_residuals and self.geometry != "pairs":
             assert pairs.source_residual is not None and pairs.target_residual is not None
             fused = fuse_through_residuals(
-                x, y, codes, self.k, self.max_iter, pairs.source_residual, pairs.target_residual, pairs.docs
+                x, y, codes, k, self.max_iter, pairs.source_residual, pairs.target_residual, pairs.docs
             )
         else:
-            fused = fuse_through_pairs(x[:], y[:], codes, self.k, self.max_iter)
+            fused = fuse_through_pairs(x[:], y[:], codes, k, self.max_iter)
         edges, confidence = fused.edges, fused.judged.confidence
         chosen = select_edges(
             edges.source,
@@ -340,6 +350,7 @@ class FusedAligner(Aligner):
             row_error=chosen.row_error,
             col_error=chosen.col_error,
             cost=chosen.cost,
+            duality_gap=chosen.info.get("relative_gap", float("nan")),
             info={
                 **info,
                 **fused.info,

@@ -52,7 +52,7 @@ class SinkhornAligner(Aligner):
     nothing is shared, chance pairs look typical, and only the held-out score tells. Matches are mutual largest
     entries of the plan that beat the slack on both sides, their score is the share of a feature's unit that goes
     there. The coupling keeps the 8 largest entries a row and a column; ``info`` says how much mass that drops, and how
-    far the plan may cost more than the best one (``relative_gap``, of the problem without entropy).
+    far the plan may cost more than the best one stands in ``duality_gap`` (of the problem without entropy).
 
     Args:
         cost: ``activation``, ``map``, ``unembedding``, or ``fused`` (equal weights of activation and map).
@@ -111,7 +111,7 @@ class SinkhornAligner(Aligner):
         info["dropped_mass"] = 1 - float(kept.sum(dtype=np.float64)) / total if total > 0 else 0.0
         info["unmatched_mass_source"] = float(plan.row_slack.mean())
         info["unmatched_mass_target"] = float(plan.col_slack.mean())
-        info |= {"primal": plan.primal, "dual": plan.dual, "relative_gap": plan.relative_gap}
+        info |= {"primal": plan.primal, "dual": plan.dual}
         return self._alignment(
             source,
             target,
@@ -121,6 +121,7 @@ class SinkhornAligner(Aligner):
             n_iter=plan.n_iter,
             row_error=plan.row_error,
             col_error=plan.col_error,
+            duality_gap=plan.relative_gap,
             cost=cost / (total * unit) if total > 0 else float("nan"),
             info=info,
         )

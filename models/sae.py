@@ -252,7 +252,7 @@ def decoder_rows(ref: str) -> tuple[np.ndarray, str]:
     """What ``Dictionary.load(ref)`` has as ``directions()`` and ``hash``; of a folder, only the decoder is read.
 
     Raises:
-        TransferError: As ``Dictionary.load``.
+        TransferError: When the files cannot be read or do not fit each other; of the architecture nothing is checked.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -262,13 +262,18 @@ def decoder_rows(ref: str) -> tuple[np.ndarray, str]:
     if not files or not all(file.is_file() for file in files):
         dictionary = Dictionary.load(ref)
         return dictionary.directions(), dictionary.hash
+    config = read_json(files[0])
     try:
         with safe_open(files[1], "pt") as weights:
             rows = weights.get_tensor("W_dec").float()
-    except SafetensorError as error:
+        shape = (config["d_sae"], config["d_in"])
+    except (SafetensorError, KeyError, TypeError) as error:
         raise TransferError(f"{ref} could not be loaded ({error}).") from error
-    if read_json(files[0]).get("rescale_acts_by_decoder_norm"):
-        rows /= rows.norm(dim=-1, keepdim=True)
+    if tuple(rows.shape) != shape:
+        raise TransferError(f"{ref} could not be loaded (its decoder is {tuple(rows.shape)}, cfg.json says {shape}).")
+    if config.get("rescale_acts_by_decoder_norm"):
+        length = rows.norm(dim=-1, keepdim=True)
+        rows /= torch.where(length > 0, length, 1)
     return rows.numpy(), file_hash(*files)
 
 

@@ -218,6 +218,17 @@ def test_every_method_fits_saves_and_exports(
     assert transfer("align", "export", tmp_path / "a", "--out", tmp_path / "a.csv").code == 0
 
 
+def test_missing_residuals_are_said(runs: Path, made: Path, transfer: Run, tmp_path: Path) -> None:
+    known = stores(runs)
+    bare = []
+    for name in ("llama old", "qwen old"):
+        bare.append(Path(shutil.copytree(known[name], tmp_path / name.split()[0])))
+        for file in bare[-1].glob("residual-*"):
+            file.unlink()
+    answer = transfer("align", "fit", *bare, "--out", tmp_path / "b", "--method", "fused")
+    assert answer.code == 0 and "no residuals are kept of" in answer.err and "finds less" in answer.err
+
+
 def test_pooling_is_part_of_the_fit_and_of_its_score(texts: dict[str, Path], transfer: Run, tmp_path: Path) -> None:
     # These two cut texts differently; the tiny models share a tokenizer, so that all their spans are single tokens.
     base = ["align", "fit", "zoo:llama", "zoo:qwen", "--corpus", texts["old"], "--method", "activation", "--quiet"]

@@ -195,6 +195,14 @@ def test_the_front_door_gives_one_answer(n: int, m: int, kind: str, seed: int) -
         assert dense.relative_gap < 0.6
 
 
+def test_the_dense_account_of_slack_is_tight() -> None:
+    """At a low temperature the potentials of POT, brought back from those with bins, certify the plan."""
+    cost = np.random.default_rng(3).uniform(size=(20, 14))
+    for mass in (np.ones(20), np.random.default_rng(4).uniform(0.5, 2, 20)):
+        plan = transport(Problem.of(all_pairs(cost), slack=0.4, source_mass=mass), reg=0.003, max_iter=50000)
+        assert plan.converged and plan.relative_gap < 0.02, plan.relative_gap
+
+
 @pytest.mark.parametrize("slack", [None, 0.5])
 @pytest.mark.parametrize("reg", [0.5, 0.004])
 def test_errors_are_the_plans_own(slack: float | None, reg: float) -> None:

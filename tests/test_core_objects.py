@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from transfer.core.alignment import MATCH_COLUMNS, Alignment
 from transfer.core.errors import TransferError
-from transfer.core.files import read_json, save_arrays, write_json
+from transfer.core.files import file_hash, load_arrays, read_json, save_arrays, write_json
 from transfer.core.keys import SCHEMA, digest
 from transfer.core.outcomes import Candidate, CoverageReport, EvalResult, FinetuneRun, SynthesisRun, TransferResult
 from transfer.core.space import FeatureSet, FeatureSpace
@@ -235,6 +236,37 @@ def test_alignment_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
             assert a == b, field.name
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"match_score": np.zeros(3)},
+        {"match_source": np.array([0, 6])},
+        {"match_target": np.array([-1, 2])},
+        {"indices": np.array([0, 99, 1, 2], dtype=np.int32)},
+        {"indptr": np.array([0, 3, 1, 4, 4, 4, 4])},
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, np.ndarray]) -> None:
+    alignment().save(tmp_path)
+    meta = json.loads((tmp_path / "alignment.json").read_text())
+    arrays = load_arrays(tmp_path / meta["arrays"])
+    save_arrays(tmp_path / "changed", {**arrays, **change})
+    named = f"alignment-{file_hash(tmp_path / 'changed')}.safetensors"
+    (tmp_path / "changed").replace(tmp_path / named)
+    write_json(tmp_path / "alignment.json", {**meta, "arrays": named})
+    with pytest.raises(TransferError, match=r"damaged|differ in length|outside 0\.\."):
+        Alignment.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"provenance": None}, {"info": []}, {"params": None}, {"converged": "yes"}])
+def test_fields_of_another_kind_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    alignment().save(tmp_path)
+    meta = json.loads((tmp_path / "alignment.json").read_text())
+    write_json(tmp_path / "alignment.json", {**meta, **change})
+    with pytest.raises(TransferError, match="damaged"):
+        Alignment.load(tmp_path)
+
+
 def test_alignment_carries_values_both_ways() -> None:
     one = alignment()
     values = np.array([[1.0, 0, 2, 0, 0, 0], [0, 5, 0, 0, 0, 0]])
@@ -257,7 +289,7 @@ def test_alignment_summary_and_top() -> None:
     assert summary["q_value_max"] == 0.01
     assert [m["source"] for m in one.top(1)] == [2]
     unsure = alignment(converged=False, row_error=0.5)
-    with pytest.raises(TransferError, match=r"did not converge \(row error 0.5.*max_iter"):
+    with pytest.raises(TransferError, match=r"did not converge \(row error 0.5.*allow_unconverged"):
         unsure.top(1)
     assert len(unsure.top(5, allow_unconverged=True)) == 2
 

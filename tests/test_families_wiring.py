@@ -413,6 +413,9 @@ def test_families_of_three_fitted_artefacts(small: dict[str, Any], transfer: Any
         (["ab", "bc", "ac-other"], "was fitted on other documents"),
         (["ab", "bc", "ac-seed"], "was fitted on other documents"),
         (["ab", "bc", "ac-unknown"], "does not say which documents"),
+        (["ab", "bc", "ac-method"], "by another method, or scored on other texts"),
+        (["ab", "bc", "ac-pool"], "by another method, or scored on other texts"),
+        (["ab", "bc", "ac-scored"], "by another method, or scored on other texts"),
     ],
 )
 def test_bad_artefacts_are_one_sentence(names: list[str], words: str, transfer: Any, tmp_path: Path) -> None:
@@ -421,6 +424,9 @@ def test_bad_artefacts_are_one_sentence(names: list[str], words: str, transfer: 
     made = {"ab": ab, "bc": bc, "ac": ac, "ba": ab.reversed(), "aa": scored("a", "a", [(0, 0, 0.01)])}
     made["ac-other"] = dataclasses.replace(ac, provenance={"fit": {**fit, "corpus_hash": "c1"}})
     made["ac-seed"] = dataclasses.replace(ac, provenance={"fit": {**fit, "seed": 1}})
+    made["ac-method"] = dataclasses.replace(ac, method="other")
+    made["ac-pool"] = dataclasses.replace(ac, provenance={**ac.provenance, "fit": {**fit, "pool": "mean"}})
+    made["ac-scored"] = dataclasses.replace(ac, provenance={**ac.provenance, "scored": {"corpus_hash": "c9"}})
     made["ac-unknown"] = dataclasses.replace(ac, provenance={})
     for name, alignment in made.items():
         alignment.save(tmp_path / name)

@@ -323,7 +323,9 @@ def test_command_prints_saves_and_is_strict_on_demand(command: Callable[..., Any
     assert code == 1 and "FAIL" in printed and "0 passed, 2 failed" in printed
 
 
-def test_command_refuses_what_it_does_not_know(command: Callable[..., Any]) -> None:
+def test_command_refuses_what_it_does_not_know(command: Callable[..., Any], tmp_path: Path) -> None:
+    code, printed, err = command("--rungs", "G1", "--out", str(tmp_path))
+    assert code == 2 and not printed and "is a folder" in err
     for args in (("--rungs", "G9"), ("--method", "magic", "--rungs", "G1"), ("--sizes", "many")):
         code, printed, err = command(*args)
         assert code != 0 and not printed and args[1] in err

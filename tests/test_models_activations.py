@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from models.activations import harvest
 from models.adapter import Adapter
 from tests.conftest import SENTENCES
 from transfer.core.errors import TransferError
-from transfer.core.files import load_arrays
+from transfer.core.files import load_arrays, read_json, save_arrays, write_json
+from transfer.core.keys import SCHEMA
 from transfer.core.rows import chosen
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
@@ -151,6 +154,43 @@ def test_bad_corpora(adapter: Adapter, tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="ids that occur twice"):
         run(adapter, tmp_path, Corpus("twice", (Text("a", "x"), Text("a", "y"))))
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_stores_are_refused(adapter: Adapter, tmp_path: Path) -> None:
+    good = run(adapter, tmp_path / "a", keep_residual=True)
+    meta = read_json(good.path / "meta.json")
+    for wrong in (
+        {**meta, "space": {**meta["space"], "colour": 1}},
+        {**meta, "shards": "many"},
+        [],
+        {"schema": SCHEMA},
+    ):
+        write_json(tmp_path / "b" / "meta.json", wrong)
+        with pytest.raises(TransferError, match="is damaged"):
+            ActivationStore.load(tmp_path / "b")
+    arrays = load_arrays(good.path / "tokens-00000.safetensors")
+    n = len(arrays["end"])
+
+    def read(store: ActivationStore) -> None:
+        _ = store.tokens, store.token_docs, store.token_ends
+
+    for name, values in {
+        "indices": np.where(np.arange(len(arrays["indices"])) == 3, 999_999, arrays["indices"]),
+        "indptr": arrays["indptr"][::-1],
+        "doc": np.where(np.arange(n) == n - 1, 99_999, arrays["doc"]),
+        "end": arrays["end"][1:],
+    }.items():
+        copy = Path(shutil.copytree(good.path, tmp_path / name))
+        save_arrays(copy / "tokens-00000.safetensors", {**arrays, name: values})
+        with pytest.raises(TransferError, match="is damaged"):
+            read(ActivationStore.load(copy))
+    whole = load_arrays(good.path / "residual-00000.safetensors")["residual"]
+    save_arrays(good.path / "residual-00000.safetensors", {"residual": whole[1:]})
+    with pytest.raises(TransferError, match="its residuals are"):
+        _ = good.residuals
+    (good.path / "meta.json").write_text(json.dumps({**meta, "n_tokens": meta["n_tokens"] + 1}))
+    with pytest.raises(TransferError, match="is damaged"):
+        read(ActivationStore.load(good.path))
 
 
 def test_a_corpus_of_empty_texts_is_kept(adapter: Adapter, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file, save_file
 
 from models.sae import Dictionary, decoder_rows, largest
 from transfer.core.errors import TransferError
@@ -132,9 +134,27 @@ def test_the_decoder_alone_equals_that_of_the_whole(tmp_path: Path, case: str) -
     rows, found = decoder_rows(f"path:{folder}")
     assert found == whole.hash and rows.dtype == np.float32
     np.testing.assert_allclose(rows, whole.directions(), rtol=1e-6)
+    config = json.loads((folder / "cfg.json").read_text())
+    for wrong in ({**config, "d_sae": WIDTH + 1}, []):
+        (folder / "cfg.json").write_text(json.dumps(wrong))
+        with pytest.raises(TransferError, match="could not be loaded"):
+            decoder_rows(f"path:{folder}")
+    (folder / "cfg.json").write_text(json.dumps(config))
     (folder / "sae_weights.safetensors").write_bytes(b"no weights")
     with pytest.raises(TransferError, match="could not be loaded"):
         decoder_rows(f"path:{folder}")
+
+
+def test_a_decoder_row_of_zeros_stays_zero(tmp_path: Path) -> None:
+    folder = make(tmp_path / "sae", topk(rescale_acts_by_decoder_norm=True), TopKSAE)
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"][3] = 0
+    save_file(weights, folder / "sae_weights.safetensors")
+    rows, _ = decoder_rows(f"path:{folder}")
+    whole = Dictionary.load(f"path:{folder}")
+    assert np.isfinite(rows).all() and not rows[3].any() and np.isfinite(whole.directions()).all()
+    np.testing.assert_allclose(rows, whole.directions(), rtol=1e-6)
+    assert np.isfinite(whole.encode(torch.randn(9, D)).data).all()
 
 
 @settings(deadline=None)

@@ -289,6 +289,8 @@ def ladder(
 
     if out is not None:
         writable(out.parent)
+        if out.is_dir():
+            raise TransferError(f"--out {out} is a folder.", "Name a file, such as ladder.json.")
     try:
         numbers = tuple(int(size) for size in _words(sizes))
     except ValueError:

@@ -111,6 +111,9 @@ def fit(
         TransferError: When the documents do not suffice for both parts, or the aligner refuses its input.
     """
     kept = all(s.keeps_residuals for s in stores)
+    if "residuals" in aligner.takes() and "residuals" not in aligner.needs() and not kept:
+        bare = ", ".join(s.space.id for s in stores if not s.keeps_residuals)
+        say(f"no residuals are kept of {bare}: {aligner.name()} learns its space from feature pairs and finds less")
     wanted = "residuals" in aligner.needs() or ("residuals" in aligner.takes() and kept)
     pairs = pair_stores(*stores, residuals=wanted, pool=settings.pool)
     docs = np.unique(pairs.docs)

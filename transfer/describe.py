@@ -123,7 +123,7 @@ def text(found: dict[str, Any]) -> str:
     matches, heldout, solver = found["matches"], found["heldout"], found["solver"]
     lines = [f"{found['method']}  {found['source']['space']} to {found['target']['space']}"]
     if not solver["converged"]:
-        lines.append("NOT CONVERGED: raise max_iter or reg; what follows is what the solver had when it stopped")
+        lines.append("NOT CONVERGED: what follows is what the solver had when it stopped; more texts often help")
     lines += [_space_line(side, found[side]) for side in ("source", "target")]
     lines.append(f"params      {_pairs(found['params'])}")
     lines.append(
@@ -132,6 +132,11 @@ def text(found: dict[str, Any]) -> str:
         f"{matches['n_splits']} splits (coupling ≥ {matches['split_from_mass']:g})"
     )
     lines.append(f"q from      {matches['q_from']}")
+    if "same_from_cosine" in found["info"]:
+        lines.append(
+            f"same from   cosine {found['info']['same_from_cosine']:.2f} in the common space, by the level of the best "
+            "pairs; where nothing is shared, pairs that are merely related set that level"
+        )
     for label, values in (
         ("confidence", found["confidence"]),
         ("r accepted", heldout["corr_accepted"]),

@@ -30,9 +30,9 @@ def numbers(alignments: Iterable[Alignment], q_max: float, *, seed: int = 0) -> 
     """``families``, ``family_counts`` and ``compositions`` of ``results.json``.
 
     ``families`` holds the shares of each space, ``family_counts`` one row of totals, ``compositions`` every three
-    spaces with each of them as the one in the middle. Alignments of a space with itself, and second ones of the same
-    two spaces, are left out; without any other, all lists are empty. Where the shares cannot be taken, ``families`` is
-    empty and ``family_counts`` says why (``refused``).
+    spaces that have all their pairs, with each of them as the one in the middle. Alignments of a space with itself, and
+    second ones of the same two spaces, are left out; without any other, all lists are empty. Where the shares cannot be
+    taken, ``families`` is empty and ``family_counts`` says why (``refused``).
 
     Args:
         alignments: One method's, scored, one each two spaces.
@@ -92,6 +92,8 @@ def _compositions(
     for triple in itertools.combinations(spaces, 3):
         for through in triple:
             source, target = (space for space in triple if space != through)
+            if any(frozenset(two) not in pairs for two in itertools.combinations(triple, 2)):
+                continue
             ab, bc, ac = (pairs[frozenset(two)] for two in ((source, through), (through, target), (source, target)))
             found = associativity(ab, bc, ac, q_max, seed=seed)
             rows.append(
@@ -199,10 +201,12 @@ def load(folders: Sequence[Path]) -> list[Alignment]:
 
     Raises:
         TransferError: For a missing or damaged artefact, one of a space with itself, two of the same spaces, fits on
-            different documents, or a pair of spaces without an artefact.
+            different documents or by different methods, scores on different texts, or a pair of spaces without an
+            artefact.
     """
     pairs: dict[frozenset[str], tuple[Path, Alignment]] = {}
     documents: dict[tuple[Any, ...], Path] = {}
+    kinds: list[tuple[Path, tuple[Any, ...]]] = []
     for folder in folders:
         alignment = Alignment.load(folder)
         if alignment.source.id == alignment.target.id:
@@ -221,6 +225,14 @@ def load(folders: Sequence[Path]) -> list[Alignment]:
             raise TransferError(
                 f"{folder} was fitted on other documents than {next(iter(documents.values()))}.",
                 "Fit all pairs with the same --corpus, --split, --fit-fraction and --seed.",
+            )
+        scored = alignment.provenance.get("scored", {})
+        kind = (alignment.method, alignment.params, fit.get("pool", "last"), scored.get("corpus_hash"))
+        kinds.append((folder, kind))
+        if kind != kinds[0][1]:
+            raise TransferError(
+                f"{folder} was fitted by another method, or scored on other texts, than {kinds[0][0]}.",
+                "Fit all pairs alike, and score all of them on the same texts.",
             )
         pairs[_ends(alignment)] = (folder, alignment)
     spaces = sorted({space for ends in pairs for space in ends})

@@ -43,6 +43,7 @@ class Alignment:
     col_error: float = 0.0
     cost: float = float("nan")
     duality_gap: float = float("nan")
+    """How much more than the best plan a transport may cost, as a share; NaN where nothing is moved."""
     seed: int = 0
     seconds: float = 0.0
     null_corr: np.ndarray | None = None
@@ -64,6 +65,12 @@ class Alignment:
         for name in MATCH_COLUMNS:
             if name not in self.matches:
                 raise TransferError(f"Alignment matches lack the column {name!r}.")
+        if len({len(column) for column in self.matches.values()}) > 1:
+            raise TransferError("The columns of the alignment's matches differ in length.")
+        for side, space in (("source", self.source), ("target", self.target)):
+            ids = self.matches[side]
+            if len(ids) and not 0 <= ids.min() <= ids.max() < space.n_features:
+                raise TransferError(f"The alignment's matches name {side} features outside 0..{space.n_features - 1}.")
 
     def __len__(self) -> int:
         return len(self.matches["source"])
@@ -78,7 +85,7 @@ class Alignment:
             raise TransferError(
                 f"The {self.method} fit of {self.source.id} to {self.target.id} did not converge "
                 f"(row error {self.row_error:.2g}, column error {self.col_error:.2g}).",
-                "Raise max_iter or reg, or pass allow_unconverged=True.",
+                "Allow more iterations, give more texts, or pass allow_unconverged=True.",
             )
         order = np.argsort(-self.matches["score"], kind="stable")[:k]
         return [{c: self.matches[c][i].item() for c in MATCH_COLUMNS} for i in order]
@@ -203,6 +210,9 @@ class Alignment:
             source, target = FeatureSpace(**meta.pop("source")), FeatureSpace(**meta.pop("target"))
             # JSON has no NaN.
             numbers = ("cost", "duality_gap", "row_error", "col_error")
+            for name, kind in (("params", dict), ("info", dict), ("provenance", dict), ("converged", bool)):
+                if not isinstance(meta.get(name, kind()), kind):
+                    raise TypeError(f"{name} is no {kind.__name__}")
             fields: dict[str, Any] = {k: float("nan") if v is None and k in numbers else v for k, v in meta.items()}
             return cls(
                 source=source,

@@ -19,7 +19,17 @@ from transfer.core.space import FeatureSpace
 
 
 def csr(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> sp.csr_matrix:
-    """The matrix of saved ``values``, ``indices`` and ``indptr``."""
+    """The matrix of saved ``values``, ``indices`` and ``indptr``.
+
+    Raises:
+        ValueError: When they make no matrix of this shape.
+    """
+    bounds, columns = arrays["indptr"], arrays["indices"]
+    whole = len(bounds) == shape[0] + 1 and bounds[0] == 0 and bounds[-1] == len(columns) == len(arrays["values"])
+    if not whole or np.any(np.diff(bounds) < 0):
+        raise ValueError("its rows do not fit its values")
+    if len(columns) and not 0 <= columns.min() <= columns.max() < shape[1]:
+        raise ValueError(f"it names columns outside 0..{shape[1] - 1}")
     return sp.csr_matrix((arrays["values"], arrays["indices"], arrays["indptr"]), shape=shape, copy=False)
 
 
@@ -54,56 +64,82 @@ class ActivationStore:
         if not meta_path.is_file():
             raise TransferError(f"No finished activation store in {path}.", "Run `transfer harvest` first.")
         meta = read_json(meta_path)
-        if meta["schema"] != SCHEMA:
-            raise TransferError(
-                f"The store in {path} has schema {meta['schema']}, this version reads {SCHEMA}.", "Harvest again."
+        try:
+            if meta["schema"] != SCHEMA:
+                raise TransferError(
+                    f"The store in {path} has schema {meta['schema']}, this version reads {SCHEMA}.", "Harvest again."
+                )
+            return cls(
+                path=Path(path),
+                space=FeatureSpace(**meta["space"]),
+                corpus_hash=meta["corpus_hash"],
+                doc_ids=tuple(meta["doc_ids"]),
+                n_tokens=int(meta["n_tokens"]),
+                shards=int(meta["shards"]),
+                counts=dict(meta["counts"]),
             )
-        return cls(
-            path=Path(path),
-            space=FeatureSpace(**meta["space"]),
-            corpus_hash=meta["corpus_hash"],
-            doc_ids=tuple(meta["doc_ids"]),
-            n_tokens=meta["n_tokens"],
-            shards=meta["shards"],
-            counts=meta["counts"],
-        )
+        except (KeyError, TypeError, ValueError) as error:
+            raise TransferError(f"{meta_path} is damaged ({error}).", "Harvest again.") from None
 
     def _shards(self, kind: str) -> Iterator[dict[str, np.ndarray]]:
         return (load_arrays(self.path / f"{kind}-{i:05d}.safetensors") for i in range(self.shards))
 
+    def _damaged(self, how: str) -> TransferError:
+        return TransferError(f"The store {self.path} is damaged: {how}.", "Harvest again.")
+
+    def _column(self, kind: str, name: str) -> np.ndarray:
+        parts = [shard.get(name) for shard in self._shards(kind)]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts) or sum(map(len, found)) != self.n_tokens:
+            raise self._damaged(f"{name!r} does not hold one entry a token")
+        return np.concatenate(found)
+
+    def _matrix(self, kind: str, values: str, rows: int) -> sp.csr_matrix:
+        try:
+            parts = [
+                csr({**a, "values": a[values]}, (len(a["indptr"]) - 1, self.space.n_features))
+                for a in self._shards(kind)
+            ]
+        except (KeyError, ValueError) as error:
+            raise self._damaged(f"a {kind} file is no matrix ({error})") from None
+        whole = sp.csr_matrix(sp.vstack(parts, format="csr"))
+        if len(whole.indptr) - 1 != rows:
+            raise self._damaged(f"it holds {len(whole.indptr) - 1} rows of {kind}, not {rows}")
+        return whole
+
     @cached_property
     def tokens(self) -> sp.csr_matrix:
-        """Token-level codes, float32 CSR [tokens, n_features]."""
-        parts = [csr(a, (len(a["indptr"]) - 1, self.space.n_features)) for a in self._shards("tokens")]
-        return sp.csr_matrix(sp.vstack(parts, format="csr"))
+        """Token-level codes, float32 CSR [tokens, n_features].
+
+        Raises:
+            TransferError: As the other arrays, when a file is missing or damaged.
+        """
+        return self._matrix("tokens", "values", self.n_tokens)
 
     @cached_property
     def token_docs(self) -> np.ndarray:
         """Row into ``doc_ids`` of each token, int32 [tokens]."""
-        return np.concatenate([a["doc"] for a in self._shards("tokens")])
+        docs = self._column("tokens", "doc")
+        if len(docs) and (np.any(np.diff(docs) < 0) or not 0 <= docs[0] <= docs[-1] < len(self.doc_ids)):
+            raise self._damaged("its tokens name documents that are not there or out of order")
+        return docs
 
     @cached_property
     def token_ends(self) -> np.ndarray:
         """UTF-8 bytes of the document's content consumed at the end of each token, int32 [tokens]."""
-        return np.concatenate([a["end"] for a in self._shards("tokens")])
+        return self._column("tokens", "end")
 
     @cached_property
     def docs(self) -> sp.csr_matrix:
         """Max over tokens, float32 CSR [docs, n_features]."""
-        parts = [csr(a, (len(a["indptr"]) - 1, self.space.n_features)) for a in self._shards("docs")]
-        return sp.csr_matrix(sp.vstack(parts, format="csr"))
+        return self._matrix("docs", "values", len(self.doc_ids))
 
     @cached_property
     def peaks(self) -> sp.csr_matrix:
         """Content-token position of each document maximum, plus one (so that 0 stays 'absent'), CSR like ``docs``."""
-        parts = [
-            sp.csr_matrix(
-                (a["position"].astype(np.int32) + 1, a["indices"], a["indptr"]),
-                shape=(len(a["indptr"]) - 1, self.space.n_features),
-            )
-            for a in self._shards("docs")
-        ]
-        return sp.csr_matrix(sp.vstack(parts, format="csr"))
+        peaks = self._matrix("docs", "position", len(self.doc_ids))
+        peaks.data = peaks.data.astype(np.int32) + 1
+        return peaks
 
     @property
     def residuals(self) -> StoredResiduals:
@@ -114,7 +150,10 @@ class ActivationStore:
         """
         if not self.keeps_residuals:
             raise TransferError(f"The store {self.path} keeps no residuals.", "Harvest again with keep_residual: true.")
-        return StoredResiduals.of(self.path, self.shards)
+        found = StoredResiduals.of(self.path, self.shards)
+        if found.shape != (self.n_tokens, self.space.d_model):
+            raise self._damaged(f"its residuals are {found.shape}, not {(self.n_tokens, self.space.d_model)}")
+        return found
 
     @property
     def keeps_residuals(self) -> bool:
