@@ -19,6 +19,7 @@ from transfer.core.errors import TransferError
 from transfer.core.store import PairedActivations
 from transfer.core.texts import Corpus, Text
 from transfer.pipeline import Pipeline
+from transfer.splits import load_corpora
 
 
 def test_matches_are_scored_on_documents_that_no_fit_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,9 +68,9 @@ def test_a_text_of_two_splits_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(TransferError, match="1 evaluation texts also stand in the anchor or seed data"):
-        stages.load_corpora(DataSection.model_validate({"source": str(path)}))
+        load_corpora(DataSection.model_validate({"source": str(path)}))
     path.write_text("\n".join(map(json.dumps, rows[:-1])))
-    assert set(stages.load_corpora(DataSection.model_validate({"source": str(path)}))[0]) == {"anchor", "seed"}
+    assert set(load_corpora(DataSection.model_validate({"source": str(path)}))[0]) == {"anchor", "seed"}
 
 
 @pytest.mark.parametrize(

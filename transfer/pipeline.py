@@ -30,6 +30,7 @@ from transfer.core.workers import workers
 from transfer.coverage import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
+from transfer.splits import check_corpora, load_corpora
 from transfer.tasks import get_task
 
 STAGES = ("harvest", "align", "cover", "synth", "tune", "eval", "run")
@@ -64,7 +65,7 @@ class Pipeline:
 
     @cached_property
     def _loaded(self) -> tuple[dict[str, Corpus], dict[str, int]]:
-        return stages.load_corpora(self.experiment.data)
+        return load_corpora(self.experiment.data)
 
     @cached_property
     def reference(self) -> Corpus:
@@ -279,7 +280,7 @@ class Pipeline:
             raise TransferError("An alignment needs two models, the experiment has one.", "Add one under `models`.")
         corpora = self.corpora
         if rank >= 2:
-            stages.check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4)
+            check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4)
         _ = self.adapters
 
     def numbers(self, until: str = "run") -> dict[str, Any]:
