@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,16 +93,11 @@ class LanguageLike(Protocol):
         ...
 
 
-@lru_cache(maxsize=1)
-def _language(ref: str) -> LanguageLike:
-    from models.language import LanguageModel
-
-    return LanguageModel.load(ref)
-
-
 def _write(ref: str, job: dict[str, Any]) -> list[str]:
     """One chunk, in a worker process."""
-    return _language(ref).generate(**job)
+    from models.language import kept_language
+
+    return kept_language(ref).generate(**job)
 
 
 class SteeredGenerator:

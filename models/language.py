@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -376,3 +376,9 @@ class LanguageModel:
     def vocabulary(self) -> dict[bytes, int]:
         """Bytes that each ordinary token writes → its id; byte strings compare across tokenizer styles."""
         return self.renderer.bytes.vocabulary
+
+
+@lru_cache(maxsize=1)
+def kept_language(ref: str) -> LanguageModel:
+    """``LanguageModel.load``; the last one stays in memory, for worker processes that write or train job by job."""
+    return LanguageModel.load(ref)

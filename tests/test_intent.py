@@ -126,15 +126,15 @@ def test_weighted_metrics_equal_sklearn_with_ties(rows):
     if not 0 < kept.sum() < len(kept):
         return
     scores = ranks / 5
-    got = weighted_auprc(labels, scores, weights[None]), weighted_auroc(labels, scores, weights[None])
+    got = weighted_auprc(labels, scores, weights[:, None]), weighted_auroc(labels, scores, weights[:, None])
     repeated = np.repeat(scores, weights)
     assert got[0][0] == pytest.approx(average_precision_score(kept, repeated))
     assert got[1][0] == pytest.approx(roc_auc_score(kept, repeated))
 
 
 def test_weighted_metrics_without_a_class_are_nan():
-    assert np.isnan(weighted_auprc(np.array([0, 0]), np.array([0.1, 0.2]), np.ones((1, 2))))[0]
-    assert np.isnan(weighted_auroc(np.array([1, 1]), np.array([0.1, 0.2]), np.ones((1, 2))))[0]
+    assert np.isnan(weighted_auprc(np.array([0, 0]), np.array([0.1, 0.2]), np.ones((2, 1))))[0]
+    assert np.isnan(weighted_auroc(np.array([1, 1]), np.array([0.1, 0.2]), np.ones((2, 1))))[0]
 
 
 def test_calibration_error_known_answers():

@@ -20,6 +20,7 @@ from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import write_json
 from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus, Text
+from transfer.core.workers import Workers
 from transfer.finetune import Recipe, data_hash
 from transfer.matrix import Cell, CellResult, cell_key, run_cells, write_examples
 from transfer.tasks.base import Predictions
@@ -107,7 +108,9 @@ def grid() -> list[Cell]:
 
 
 def run(cells, out: Path, processes=1, task=TASK):
-    return run_cells(cells, EVALUATION, task, processes=processes, out_dir=out, base_hashes=HASHES)
+    with Workers(processes) as pool:  # it starts nothing unless it is used
+        chosen = pool if processes > 1 else None
+        return run_cells(cells, EVALUATION, task, pool=chosen, out_dir=out, base_hashes=HASHES)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -150,8 +153,9 @@ def test_real_models_give_the_same_bits_in_one_process_and_in_two(tmp_path, tiny
         for arm, seed, extra in [("seed_only", 0, ()), ("full", 1, (("poison wire", 1), ("bread", 0)))]
     ]
     task = Intent(draws=20)
-    one = run_cells(cells, few, task, processes=1, out_dir=tmp_path / "one")
-    two = run_cells(cells[::-1], few, task, processes=2, out_dir=tmp_path / "two")[::-1]
+    one = run_cells(cells, few, task, pool=None, out_dir=tmp_path / "one")
+    with Workers(2) as pool:
+        two = run_cells(cells[::-1], few, task, pool=pool, out_dir=tmp_path / "two")[::-1]
     for a, b in zip(one, two, strict=True):
         assert replace(a, run=replace(a.run, seconds=0)) == replace(b, run=replace(b.run, seconds=0))
         assert (tmp_path / "one" / f"{a.key}.jsonl").read_bytes() == (tmp_path / "two" / f"{b.key}.jsonl").read_bytes()
@@ -377,7 +381,7 @@ def test_bootstrap_bounds_come_from_the_score_files(tmp_path):
     keys = {r.seed: r.key for r in results if (r.target, r.arm) == ("zoo:a", "mapped")}
     rows = [json.loads(x) for x in (tmp_path / f"{keys[0]}.jsonl").read_text().splitlines()]
     labels, scores = (np.array([row[k] for row in rows]) for k in ("label", "score"))
-    value = weighted_auprc(labels, scores, np.ones((1, len(rows))))[0]
+    value = weighted_auprc(labels, scores, np.ones((len(rows), 1)))[0]
     assert value == pytest.approx(next(r for r in results if r.key == keys[0]).value("auprc"))
     assert np.isnan(compare(results, "auprc")[0].boot_low)
 
@@ -392,9 +396,9 @@ def test_results_survive_json(tmp_path):
 
 ORPHAN = """
 import os, time
-from transfer.core.workers import workers
+from transfer.core.workers import Workers
 if __name__ == "__main__":
-    pool = workers(1)
+    pool = Workers(1).executor
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 60).result()
 """

@@ -117,14 +117,14 @@ def test_power_edges():
 
 def test_bootstrap_counts_are_blocks_of_resamples():
     blocks = list(stats.bootstrap_counts(50, 23, seed=0, limit=500))
-    counts = np.concatenate(blocks)
-    assert counts.shape == (23, 50)
-    assert max(len(b) for b in blocks) == 10
-    assert np.all(counts.sum(axis=1) == 50)
+    counts = np.concatenate(blocks, axis=1)
+    assert counts.shape == (50, 23)
+    assert max(b.shape[1] for b in blocks) == 10
+    assert np.all(counts.sum(axis=0) == 50)
 
 
 def _accuracy(labels, scores, counts):
-    return (counts * ((scores > 0.5) == labels)).sum(axis=1) / counts.sum(axis=1)
+    return ((scores > 0.5) == labels) @ counts / counts.sum(axis=0)
 
 
 def test_bootstrap_stderr_of_accuracy_is_the_binomial_one():
@@ -160,7 +160,7 @@ def test_hierarchical_interval_is_wider_than_seeds_alone_when_examples_are_few()
     weak = labels + np.stack([base + 0.01 * rng.normal(size=40) for _ in range(4)])
     strong = weak + labels * rng.exponential(size=40)
     per_seed = [
-        weighted_auprc(labels, s, np.ones((1, 40)))[0] - weighted_auprc(labels, w, np.ones((1, 40)))[0]
+        weighted_auprc(labels, s, np.ones((40, 1)))[0] - weighted_auprc(labels, w, np.ones((40, 1)))[0]
         for s, w in zip(strong, weak, strict=True)
     ]
     seeds_only = stats.mean_interval(per_seed)

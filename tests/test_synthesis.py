@@ -16,7 +16,7 @@ from models.zoo.corpus import request_list
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
-from transfer.core.workers import workers
+from transfer.core.workers import Workers
 from transfer.synthesis import score_targets, select, steering_vectors, synthesise
 from transfer.verdicts import NEAR, VERDICTS, NearDuplicates, Written, fault, jaccard, judge, shingles
 
@@ -365,8 +365,8 @@ def test_worker_processes_write_the_same_texts(tiny_llama):
     requests = [Prompt(("one two", "three"), 5, seed, direction, 3.0) for seed in range(2)]
     settings: dict[str, Any] = dict(model="tiny", max_new_tokens=6, chunk=4, batch_size=4)
     alone = SteeredGenerator(language, 1, **settings).generate(requests)
-    with workers(2) as executor:
-        assert SteeredGenerator(language, 1, **settings, executor=executor).generate(requests) == alone
+    with Workers(2) as pool:
+        assert SteeredGenerator(language, 1, **settings, executor=pool.executor).generate(requests) == alone
     assert len({text for texts in alone for text in texts}) > 2
 
 

@@ -314,6 +314,6 @@ class Classifier:
 @lru_cache(maxsize=1)
 def load_backbone(ref: str) -> Backbone:
     """The backbone of a typed model reference; the last one stays in memory (grids run target by target)."""
-    from models.language import LanguageModel
+    from models.language import kept_language
 
-    return Backbone(LanguageModel.load(ref), ref)
+    return Backbone(kept_language(ref), ref)

@@ -20,7 +20,7 @@ from transfer.core.files import file_hash, plain, read_json, replacing, write_js
 from transfer.core.keys import SCHEMA, digest
 from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus
-from transfer.core.workers import workers
+from transfer.core.workers import Workers
 from transfer.finetune import Recipe, data_hash
 from transfer.tasks.base import Example, Task
 
@@ -148,21 +148,20 @@ def run_cells(
     evaluation: Corpus,
     task: Task,
     *,
-    processes: int,
+    pool: Workers | None,
     out_dir: Path,
     base_hashes: Mapping[str, str] | None = None,
 ) -> list[CellResult]:
     """Train and evaluate every cell; finished ones are read back instead.
 
     Results do not depend on the number of processes or the order of work. Cells with equal content are trained once.
-    With two or more processes each is spawned with one torch thread and keeps the base of its last target; one process
-    means this one.
+    Each worker keeps the base of its last target.
 
     Args:
         cells: The grid.
         evaluation: Labelled evaluation corpus.
         task: Task, whose every option is part of the content key.
-        processes: Worker processes.
+        pool: Worker processes; this process if None.
         out_dir: Folder of the cell files.
         base_hashes: Per target its weights' hash; loaded from the target where absent.
 
@@ -190,7 +189,7 @@ def run_cells(
     failures: dict[str, str] = {}
     with progress("fine-tuning grid", len(order), "cells") as advance:
         jobs = {k: (todo[k], k, evaluation, task, out_dir) for k in order}
-        for key, problem in _local(jobs) if processes <= 1 else _pooled(jobs, processes):
+        for key, problem in _local(jobs) if pool is None else _pooled(jobs, pool):
             if problem:
                 failures[key] = problem
                 say(f"{todo[key].name} failed: {problem}")
@@ -315,7 +314,7 @@ def _local(jobs: dict[str, Job]) -> Iterator[Outcome]:
                 yield key, _work(job)
 
 
-def _pooled(jobs: dict[str, Job], processes: int) -> Iterator[Outcome]:
+def _pooled(jobs: dict[str, Job], pool: Workers) -> Iterator[Outcome]:
     """Run jobs in worker processes; a cell that kills its worker fails alone.
 
     Only as many cells as workers are handed out at a time, so when a worker dies (out of memory, say) the suspects are
@@ -325,12 +324,11 @@ def _pooled(jobs: dict[str, Job], processes: int) -> Iterator[Outcome]:
     while waiting:
         running: dict[Future[str], str] = {}
         suspects: list[str] = []
-        pool = workers(min(processes, len(waiting)))
         try:
             while (waiting or running) and not suspects:
-                while waiting and len(running) < processes:
+                while waiting and len(running) < pool.processes:
                     key = waiting.pop(0)
-                    running[pool.submit(_pool_work, jobs[key])] = key
+                    running[pool.executor.submit(_pool_work, jobs[key])] = key
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     key, error = running.pop(future), future.exception()
@@ -345,15 +343,15 @@ def _pooled(jobs: dict[str, Job], processes: int) -> Iterator[Outcome]:
         except BrokenProcessPool:  # from submit: that cell never ran
             suspects += running.values()
             waiting.insert(0, key)
-        finally:
-            pool.shutdown(wait=not suspects, cancel_futures=True)
+        if suspects or waiting:
+            pool.stop(wait=False)  # it is broken; the next use starts new processes
         for key in sorted(suspects):
             yield key, _alone(jobs[key])
 
 
 def _alone(job: Job) -> str:
-    with workers(1) as pool:
+    with Workers(1) as own:
         try:
-            return pool.submit(_pool_work, job).result()
+            return own.executor.submit(_pool_work, job).result()
         except BrokenProcessPool:
             return "its worker process died (out of memory?)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import shlex
@@ -26,12 +27,15 @@ from transfer.core.rundir import RunDir, write_text
 from transfer.core.space import FeatureSpace
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
-from transfer.core.workers import workers
+from transfer.core.workers import Workers
 from transfer.coverage import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
 from transfer.splits import check_corpora, load_corpora
 from transfer.tasks import get_task
+
+LIBRARIES = ("models.language", "transfer.classifier", "peft", "transformers.trainer", "sklearn.metrics")
+"""What worker processes write and train with."""
 
 STAGES = ("harvest", "align", "cover", "synth", "tune", "eval", "run")
 
@@ -85,6 +89,11 @@ class Pipeline:
     def spaces(self) -> dict[str, FeatureSpace]:
         """Feature space per model name."""
         return {name: adapter.space for name, adapter in self.adapters.items()}
+
+    @cached_property
+    def pool(self) -> Workers | None:
+        """Worker processes of this run, or None where this process does it all."""
+        return Workers(self.experiment.processes) if self.experiment.processes > 1 else None
 
     def _space_inputs(self, *names: str) -> dict[str, Any]:
         return {f"space:{name}": dataclasses.asdict(self.spaces[name]) for name in names}
@@ -204,34 +213,33 @@ class Pipeline:
     def written(self) -> dict[str, tuple[SynthesisRun, Path]]:
         """Texts each model wrote for the features its plan asks for, scored in every space."""
         found: dict[str, tuple[SynthesisRun, Path]] = {}
-        with workers(self.experiment.processes) as executor:
-            for name in self.experiment.models:
-                folder = self.dir.stage(
-                    "synth",
-                    {
-                        **self._space_inputs(*self.experiment.models),
-                        "writer": name,
-                        "plan": self.plans[name],
-                        "anchor": self.corpora["anchor"].hash,
-                        "data": self.corpora["seed"].hash,
-                        **self._settings("harvest", "cover", "synth"),
-                        "seed": self.experiment.seed,
-                    },
-                    lambda out, n=name: stages.synth(
-                        n,
-                        self.adapters,
-                        self.stores[n],
-                        self.plans[n],
-                        self.coverage,
-                        self.corpora,
-                        {t: self.carriers(n, t).mapping() for t in self._others(n)},
-                        out,
-                        self.experiment,
-                        executor if self.experiment.processes > 1 else None,
-                    ),
-                    name,
-                )
-                found[name] = (SynthesisRun.load(folder / "synthesis.json"), folder)
+        for name in self.experiment.models:
+            folder = self.dir.stage(
+                "synth",
+                {
+                    **self._space_inputs(*self.experiment.models),
+                    "writer": name,
+                    "plan": self.plans[name],
+                    "anchor": self.corpora["anchor"].hash,
+                    "data": self.corpora["seed"].hash,
+                    **self._settings("harvest", "cover", "synth"),
+                    "seed": self.experiment.seed,
+                },
+                lambda out, n=name: stages.synth(
+                    n,
+                    self.adapters,
+                    self.stores[n],
+                    self.plans[n],
+                    self.coverage,
+                    self.corpora,
+                    {t: self.carriers(n, t).mapping() for t in self._others(n)},
+                    out,
+                    self.experiment,
+                    self.pool,
+                ),
+                name,
+            )
+            found[name] = (SynthesisRun.load(folder / "synthesis.json"), folder)
         return found
 
     @cached_property
@@ -264,7 +272,7 @@ class Pipeline:
                 "positive": self.experiment.data.positive,
                 **self._settings("tune"),
             },
-            lambda out: stages.tune(self.adapters, self.datasets, self.corpora, out, self.experiment),
+            lambda out: stages.tune(self.adapters, self.datasets, self.corpora, out, self.experiment, self.pool),
         )
 
     # Results.
@@ -330,7 +338,15 @@ class Pipeline:
         """
         self.check(until)
         self.dir.event(until, "command", command=shlex.join(self.command))
-        numbers = self.numbers(until)
+        with self.pool or contextlib.nullcontext():
+            if (
+                self.pool
+                and STAGES.index(until) >= STAGES.index("synth")
+                and not (self.dir.path / "stages.json").exists()
+            ):
+                # The first stages need one process: the others get ready meanwhile.
+                self.pool.warm(*LIBRARIES)
+            numbers = self.numbers(until)
         resolved = yaml.safe_dump(self.experiment.model_dump(mode="json"), sort_keys=False)
         write_text(self.dir.path / "experiment.yaml", resolved)
         write_json(self.dir.path / "stages.json", self.dir.stages)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from transfer.core.outcomes import CoverageReport, SynthesisRun
 from transfer.core.space import FeatureSet, FeatureView
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
+from transfer.core.workers import Workers
 from transfer.coverage import DeltaRule, coverage, fires, missing_hit_rate, thresholds
 from transfer.explain import judge_relevance, top_spans
 from transfer.methods import make_aligner, parameters
@@ -185,7 +185,7 @@ def synth(
     mappings: Mapping[str, Mapping[int, int]],
     out: Path,
     experiment: Experiment,
-    executor: Executor | None = None,
+    pool: Workers | None = None,
 ) -> None:
     """Write for every feature that some arm asks ``writer`` for, and score the kept texts in every space."""
     settings = experiment.synth
@@ -209,7 +209,7 @@ def synth(
         top_p=settings.top_p,
         batch_size=settings.batch,
         chunk=settings.batch,
-        executor=executor,
+        executor=pool.executor if pool else None,
     )
     directions = adapter.dictionary.directions()
     known = [t.text for s in ("anchor", "seed") for t in corpora[s]]
@@ -340,7 +340,12 @@ def datasets(
 
 
 def tune(
-    adapters: Mapping[str, Adapter], folder: Path, corpora: Mapping[str, Corpus], out: Path, experiment: Experiment
+    adapters: Mapping[str, Adapter],
+    folder: Path,
+    corpora: Mapping[str, Corpus],
+    out: Path,
+    experiment: Experiment,
+    pool: Workers | None = None,
 ) -> None:
     """Fine-tune and evaluate every cell of the grid; finished cells of a killed run are kept."""
     from transfer.finetune import get_recipe
@@ -372,7 +377,5 @@ def tune(
                     )
                 )
     hashes = {adapter.space.model: adapter.space.model_hash for adapter in adapters.values()}
-    found = run_cells(
-        cells, evaluation, task, processes=experiment.processes, out_dir=out / "cells", base_hashes=hashes
-    )
+    found = run_cells(cells, evaluation, task, pool=pool, out_dir=out / "cells", base_hashes=hashes)
     write_json(out / "grid.json", [dataclasses.asdict(result) for result in found])

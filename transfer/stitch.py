@@ -197,7 +197,7 @@ def ratio_of_means(
         return Interval(value, float("nan"), float("nan"), n, "none")
     drawn = []
     for counts in bootstrap_counts(n, draws, seed):
-        room = counts @ below
-        drawn.append((counts @ above)[room > 0] / room[room > 0])
+        room = below @ counts
+        drawn.append((above @ counts)[room > 0] / room[room > 0])
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), n, "bootstrap")

@@ -16,10 +16,10 @@ LARGE_N = 30
 """From this many values on, ``mean_interval`` bootstraps instead of leaning on normality."""
 
 REMEMBERED = 4_000_000
-"""Bootstrap counts kept between comparisons of one evaluation set (32 MB)."""
+"""Bootstrap counts kept between comparisons of one evaluation set (16 MB)."""
 
 WeightedMetric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""``(labels [n], scores [n], counts [draws, n]) -> values [draws]``: a metric under integer example weights."""
+"""``(labels [n], scores [n], counts [n, draws]) -> values [draws]``: a metric under integer example weights."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,16 @@ def paired_delta(
 
 
 def bootstrap_counts(n: int, draws: int, seed: int, limit: int = 4_000_000) -> Iterator[np.ndarray]:
-    """How often each of ``n`` examples is drawn, int64 ``[<= limit / n, n]`` blocks that add up to ``draws`` rows.
+    """How often each of ``n`` examples is drawn, float32 ``[n, <= limit / n]`` blocks that add up to ``draws`` columns.
 
-    Memory is bounded by ``limit`` counts at a time (32 MB at the default), or one row where ``n`` is larger.
+    Examples come first because metrics add them up one by one, for all draws at once. Memory is bounded by ``limit``
+    counts at a time (16 MB at the default, and 32 while they are drawn), or one column where ``n`` is larger.
     """
     rng = np.random.default_rng(seed)
     block = max(1, limit // max(n, 1))
     for start in range(0, draws, block):
-        yield rng.multinomial(n, np.full(n, 1.0 / n), size=min(block, draws - start))
+        counts = rng.multinomial(n, np.full(n, 1.0 / n), size=min(block, draws - start))
+        yield counts.T.astype(np.float32, order="C")
 
 
 def bootstrap_stderr(
@@ -128,7 +130,7 @@ def bootstrap_stderr(
     Covers the choice of evaluation examples for this one trained model, not training noise. Draws in which the metric
     is undefined (one class only) are left out, which matters only for splits with a handful of positives.
     """
-    values = np.concatenate([metric(labels, scores, c) for c in bootstrap_counts(len(labels), draws, seed)])
+    values = np.concatenate([metric(labels, scores, c) for c in _counts(len(labels), draws, seed)])
     values = values[np.isfinite(values)]
     return float(values.std(ddof=1)) if len(values) >= 10 else float("nan")
 
@@ -185,7 +187,7 @@ def hierarchical_delta(
     if treated.shape != control.shape or treated.ndim != 2 or treated.shape[1] != len(labels):
         raise TransferError(f"Paired scores differ in shape: {treated.shape}, {control.shape}, {len(labels)} labels.")
     n_seeds, n = treated.shape
-    ones = np.ones((1, n), dtype=np.int64)
+    ones = np.ones((n, 1), dtype=np.float32)
     point = float(
         np.mean(
             [metric(labels, t, ones)[0] - metric(labels, c, ones)[0] for t, c in zip(treated, control, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -10,9 +11,45 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 
 
-def workers(processes: int) -> ProcessPoolExecutor:
-    """A pool of fresh (spawned) processes; use it as a context manager."""
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+class Workers:
+    """Processes of one torch thread each: started when first needed, anew after one has died; a context manager.
+
+    One set serves all stages of a run, because a fresh process takes seconds to import its libraries.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._executor: ProcessPoolExecutor | None = None
+
+    @property
+    def executor(self) -> ProcessPoolExecutor:
+        """The processes, spawned afresh (not forked)."""
+        if self._executor is None:
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_start)
+        return self._executor
+
+    def warm(self, *modules: str) -> None:
+        """Start every process and let it import ``modules`` while this one goes on."""
+        for _ in range(self.processes):
+            self.executor.submit(_import, modules)
+
+    def stop(self, wait: bool = True) -> None:
+        """End the processes after what they are doing; the next use starts new ones."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=wait, cancel_futures=True)
+            self._executor = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    for name in modules:
+        importlib.import_module(name)
 
 
 def _start() -> None:

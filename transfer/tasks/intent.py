@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,33 +146,47 @@ def expected_calibration_error(labels: np.ndarray, scores: np.ndarray, bins: int
     return float(np.abs(gap).sum() / len(labels))
 
 
-def _tie_groups(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positive and negative weight of each distinct score, highest first: two arrays [draws, groups]."""
+def _by_score(
+    labels: np.ndarray, scores: np.ndarray, counts: np.ndarray
+) -> Iterator[tuple[np.ndarray | float, np.ndarray | float]]:
+    """Positive and negative weight of each distinct score, highest first: each an array [draws], or 0 for none at all.
+
+    One pass over the examples with a vector of draws at a time: everything stays in the cache, where sums over whole
+    [draws, n] arrays took thirty times as long.
+    """
     order = np.argsort(-scores, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
-    weight, positive = counts[:, order], labels[order]
-    if len(starts) == len(scores):  # no ties
-        return weight * positive, weight * (1 - positive)
-    return np.add.reduceat(weight * positive, starts, axis=1), np.add.reduceat(weight * (1 - positive), starts, axis=1)
+    for tied in np.split(order, np.flatnonzero(np.diff(scores[order])) + 1):
+        if len(tied) == 1:
+            weight = counts[tied[0]]
+            yield (weight, 0.0) if labels[tied[0]] else (0.0, weight)
+        else:
+            hits = labels[tied] != 0
+            yield counts[tied[hits]].sum(axis=0), counts[tied[~hits]].sum(axis=0)
 
 
 def weighted_auprc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Average precision for each row of example weights [draws, n]; NaN where no positive is drawn."""
-    positive, negative = _tie_groups(labels, scores, counts)
-    hits = np.cumsum(positive, axis=1)
-    seen = hits + np.cumsum(negative, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        precision = np.where(seen > 0, hits / seen, 0.0)
-        return (positive * precision).sum(axis=1) / hits[:, -1]
+    """Average precision for each column of example weights [n, draws]; NaN where no positive is drawn."""
+    hits, seen, area = (np.zeros(counts.shape[1]) for _ in range(3))
+    for positive, negative in _by_score(labels, scores, counts):
+        hits += positive
+        seen += positive
+        seen += negative
+        if np.ndim(positive):
+            area += positive * hits / np.maximum(seen, 1.0)
+    with np.errstate(invalid="ignore"):
+        return area / hits
 
 
 def weighted_auroc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve for each row of example weights [draws, n]; NaN where a class is not drawn."""
-    positive, negative = _tie_groups(labels, scores, counts)
-    total = negative.sum(axis=1, keepdims=True)
-    below = total - np.cumsum(negative, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (positive * (below + negative / 2)).sum(axis=1) / (positive.sum(axis=1) * total[:, 0])
+    """Area under the ROC curve for each column of example weights [n, draws]; NaN where a class is not drawn."""
+    hits, missed, area = (np.zeros(counts.shape[1]) for _ in range(3))
+    for positive, negative in _by_score(labels, scores, counts):
+        if np.ndim(negative):  # every positive above wins against these, every tied one by half
+            area += negative * (hits + np.asarray(positive) / 2)
+        hits += positive
+        missed += negative
+    with np.errstate(invalid="ignore"):
+        return area / (hits * missed)
 
 
 _WEIGHTED: dict[str, WeightedMetric] = {"auprc": weighted_auprc, "auroc": weighted_auroc}
