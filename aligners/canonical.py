@@ -31,6 +31,8 @@ class CanonicalSpace:
     target: Float[np.ndarray, "n_tgt r"]
     correlations: Float[np.ndarray, " r"]
     """Regularised canonical correlations of the residual streams, largest first."""
+    into: tuple[Float[np.ndarray, "d_src r"], Float[np.ndarray, "d_tgt r"]]
+    """What takes a direction of either stream into the space, before it is centred and made one long."""
     rows: int
     """Positions it was learned from."""
     pairs: Int[np.ndarray, "0 2"]
@@ -78,6 +80,7 @@ def canonical_space(
         source=_moved(x, into_source),
         target=_moved(y, into_target),
         correlations=rho,
+        into=(into_source, into_target),
         rows=sums.n,
         pairs=np.empty((0, 2), dtype=np.int64),
     )

@@ -14,6 +14,7 @@ from aligners.canonical import CanonicalSpace, canonical_space
 from aligners.coactivation import PairedCodes
 from aligners.confidence import SAME, Evidence, Judged, anchors, judge, q_values
 from aligners.correlation import usable_features
+from aligners.counterpart import counterpart_cosine
 from aligners.partners import Partners, top_partners
 from aligners.seeded import SETTLED, SeededMap, difference, seeded_map
 from aligners.selection import Rule, mutual_best, select_edges
@@ -166,13 +167,15 @@ def fuse_through_residuals(
     """
     found = canonical_space(x, y, residual_x, residual_y, docs)
     rows, cols = top_partners(codes, k, "phi")
-    edges, cosine, judged = _judged(rows, cols, found, found.nearest(k), max_iter)
+    reach = counterpart_cosine(found, codes, residual_x, residual_y)
+    edges, cosine, judged = _judged(rows, cols, found, found.nearest(k), max_iter, reach)
     return Fusion(
         edges,
         cosine,
         judged,
         {
             "geometry": "residuals",
+            "counterpart_cosine": reach,
             "space_width": len(found.correlations),
             "space_rows": found.rows,
             "space_correlation": float(found.correlations.mean()),
@@ -182,18 +185,22 @@ def fuse_through_residuals(
 
 
 def _judged(
-    rows: Partners, cols: Partners, found: Space, top: TopK, max_iter: int
+    rows: Partners, cols: Partners, found: Space, top: TopK, max_iter: int, reach: float = 0.0
 ) -> tuple[Candidates, np.ndarray, Judged]:
     edges = candidates(rows, cols, top)
-    evidence = _evidence(edges, found, top)
+    evidence = _evidence(edges, found, top, reach)
     return edges, evidence.cosine, judge(evidence, max_iter)
 
 
-def _evidence(edges: Candidates, found: Space, top: TopK) -> Evidence:
+def _evidence(edges: Candidates, found: Space, top: TopK, reach: float) -> Evidence:
+    """What the judge is told; "the same" is never set below ``reach``, for where all pairs are merely related."""
     cosine = found.cosines(edges.source, edges.target)
     acts = np.flatnonzero(np.isfinite(edges.phi))
     best = acts[mutual_best(edges.source[acts], edges.target[acts], cosine[acts])]
     anchor, around = anchors(cosine[best])
+    spread = _spread(found)
+    if reach > anchor:
+        anchor, around = reach, spread
     n_src, n_tgt = (len(side) for side in found.joint)
     rival, alone = _rivalled(edges, cosine >= SAME * anchor, n_src, n_tgt)
     group = 2 * strata(edges) + rival
@@ -203,7 +210,7 @@ def _evidence(edges: Candidates, found: Space, top: TopK) -> Evidence:
     floor = np.full(len(total), -1.0)
     if top.row_ids.shape[1] < n_tgt or top.col_ids.shape[1] < n_src:
         floor[:2] = min(top.row_scores[:, -1].max(), top.col_scores[:, -1].max())
-    return Evidence(cosine, group, np.maximum(total, 0), floor, _spread(found), anchor, around)
+    return Evidence(cosine, group, np.maximum(total, 0), floor, spread, anchor, around)
 
 
 def _rivalled(edges: Candidates, high: Bool[np.ndarray, " edges"], n_src: int, n_tgt: int) -> tuple[np.ndarray, int]:
@@ -243,8 +250,10 @@ class FusedAligner(Aligner):
     one feature here and two there stays two edges.
 
     What counts as "the same" is set by the data: by the upper level of the cosines of the best pairs
-    (``info["same_from_cosine"]``). Where two spaces share nothing at all, pairs that are merely related, in activation
-    and in direction, set that level themselves and are accepted; some forty features that are shared prevent it.
+    (``info["same_from_cosine"]``), and where residuals were kept not below what a counterpart may be expected to reach
+    (``counterpart.counterpart_cosine``): two spaces that share nothing but related features give no match. A space
+    learned from feature pairs has no such check: there, pairs that are merely related, in activation and in direction,
+    set the level themselves where nothing else is shared; some forty features that are prevent it.
 
     Features too rare, dead or always on are counted in ``info`` as untestable and are neither matched nor called
     unmatched; ``info["unmatched_source"]`` and ``_target`` count testable features without an edge in the coupling.

@@ -133,9 +133,15 @@ def text(found: dict[str, Any]) -> str:
     )
     lines.append(f"q from      {matches['q_from']}")
     if "same_from_cosine" in found["info"]:
+        reach = found["info"].get("counterpart_cosine")
+        why = (
+            "where nothing is shared, pairs that are merely related set that level"
+            if reach is None
+            else f"a counterpart may be expected to reach {reach:.2f}"
+        )
         lines.append(
             f"same from   cosine {found['info']['same_from_cosine']:.2f} in the common space, by the level of the best "
-            "pairs; where nothing is shared, pairs that are merely related set that level"
+            f"pairs; {why}"
         )
     for label, values in (
         ("confidence", found["confidence"]),

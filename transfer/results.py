@@ -239,8 +239,7 @@ def limits(experiment: Experiment) -> list[str]:
         "split; the boot columns of the comparisons also resample evaluation texts, and the pooled claims take the "
         "interval over cells where that is wider.",
         "A q-value guards against chance under a shuffled corpus. Only that of the method fused is also meant to tell "
-        "a feature from another that fires on much the same texts (a parent and its child), and only where the two "
-        "models share some features: where they share none, related ones are taken for the same.",
+        "a feature from another that fires on much the same texts and points a like way (a parent and its child).",
         "Relevance and labels of features come from the labelled anchor by a statistical judge, not from reading them, "
         f"at a false-discovery rate of {experiment.cover.fdr:g}.",
         "Writers see anchor texts and may start a text with a few words of one, so every written arm profits from the "
