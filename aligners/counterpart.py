@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from aligners.canonical import BLOCK, CanonicalSpace
 from aligners.coactivation import PairedCodes
+from aligners.correlation import dims
 from aligners.seeded import centred
 from transfer.core.rows import Rows
 
@@ -69,7 +70,7 @@ def _blocks(
     at = 0
     for a, b in codes.parts:
         chosen = a[:, picks[0]].tocsr(), b[:, picks[1]].tocsr()
-        n = a.shape[0]
+        n = dims(a)[0]
         for start in range(0, n, BLOCK):
             stop = min(start + BLOCK, n)
             part = slice(at + start, at + stop)
