@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 
 class Workers:
@@ -23,7 +24,12 @@ class Workers:
 
     @property
     def executor(self) -> ProcessPoolExecutor:
-        """The processes, spawned afresh (not forked)."""
+        """The processes, spawned (not forked); others where one has died."""
+        if self._executor is not None:
+            try:
+                self._executor.submit(_import, ())
+            except BrokenProcessPool:
+                self.stop(wait=False)
         if self._executor is None:
             context = multiprocessing.get_context("spawn")
             self._executor = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_start)
