@@ -352,3 +352,19 @@ def test_refuses_bad_input() -> None:
             sparse_sinkhorn(problem, **bad)
     with pytest.raises(TransferError, match="balanced and slack"):
         exact_transport(Problem.of(fine, kl=1.0))
+
+
+@pytest.mark.parametrize("seed", range(0, 60))
+def test_gap_is_reached_with_masses_that_differ(seed: int) -> None:
+    """Mass out of place counts in the gap: no temperature is cold enough as long as a per cent of it is."""
+    rng = np.random.default_rng(seed)
+    shape = rng.integers(2, 9, size=2)
+    cost = np.where(rng.random(shape) < rng.uniform(0.3, 1), rng.random(shape) + 1e-9, 0.0)
+    if not cost.any():
+        return
+    source, target = rng.uniform(0.1, 2, shape[0]), rng.uniform(0.1, 2, shape[1])
+    problem = Problem.of(
+        sp.csr_matrix(cost), source_mass=source, target_mass=target, slack=float(rng.uniform(0.3, 1.5))
+    )
+    plan = sparse_sinkhorn(problem, reg=0.05, gap=0.01)
+    assert plan.converged and plan.relative_gap <= 0.01
