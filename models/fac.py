@@ -11,6 +11,39 @@ import torch
 from transfer.core.errors import TransferError
 
 
+def fac_file(rest: str) -> Path:
+    """The checkpoint that ``fac:<file>`` or ``fac:<org/repository>[@revision]`` names.
+
+    File names in the repositories are not fixed, so the one ``.pth`` there is found by listing.
+
+    Raises:
+        TransferError: For a file that does not exist, or a repository that cannot be read or holds several.
+    """
+    place = Path(rest).expanduser()
+    if place.is_file():
+        return place
+    if place.suffix or rest.count("/") != 1 or place.is_absolute():
+        raise TransferError(f"There is no FAC checkpoint {rest}.", "Give a .pth file or a Hub repository org/name.")
+    from huggingface_hub import HfApi, hf_hub_download
+
+    name, _, revision = rest.partition("@")
+    try:
+        listed = HfApi().list_repo_files(name, revision=revision or None)
+        found = [file for file in listed if file.endswith(".pth")]
+        if len(found) == 1:
+            return Path(hf_hub_download(name, found[0], revision=revision or None))
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TransferError(
+            f"The FAC checkpoint {rest} could not be fetched ({first}).",
+            "Check the name and the network, or download the .pth and give its path.",
+        ) from error
+    raise TransferError(
+        f"The repository {name} holds {len(found)} checkpoints ({', '.join(found) or 'no .pth file'}).",
+        "Download the one you mean and give its path.",
+    )
+
+
 def fac_loader(
     path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

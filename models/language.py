@@ -18,6 +18,7 @@ from models.checkpoint import read_model
 from models.family import Family, family_of
 from models.hooks import editing, output_at, steering
 from models.refs import local, parse
+from models.registry import hub_id
 from models.tokens import Rendered, Renderer
 from transfer.core.errors import TransferError
 from transfer.core.files import file_hash, read_json
@@ -64,7 +65,8 @@ class LanguageModel:
         """Load a model.
 
         Args:
-            ref: ``zoo:<name>``, ``path:<folder>`` or ``hub:<org/name>@<revision>``.
+            ref: ``zoo:<name>``, ``path:<folder>`` or ``hub:<org/name>@<revision>`` (or a short name that
+                ``models.registry`` knows, such as ``hub:mistral-7b@main``).
             dtype: ``float32``, ``bfloat16`` or ``float16``.
             device: A torch device.
 
@@ -78,7 +80,7 @@ class LanguageModel:
             name, _, revision = rest.partition("@")
             if not revision:
                 raise TransferError(f"{ref} names no revision.", f"Pin one, such as hub:{name}@main.")
-            place, options = name, {"revision": revision}
+            place, options = hub_id(name), {"revision": revision}
         else:
             folder = local(scheme, rest, ref, "model")
             if not (folder / "config.json").is_file():

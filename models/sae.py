@@ -17,7 +17,12 @@ from transfer.core.errors import TransferError
 from transfer.core.files import file_hash, read_json
 from transfer.core.keys import digest
 
-SCHEMES = {"zoo": "zoo:<name>/<folder>", "path": "path:<folder or .pth>", "saelens": "saelens:<release>/<sae_id>"}
+SCHEMES = {
+    "zoo": "zoo:<name>/<folder>",
+    "path": "path:<folder or .pth>",
+    "saelens": "saelens:<release>/<sae_id>",
+    "fac": "fac:<org/repository or .pth>",
+}
 RULES = {"topk": "topk-{k}", "standard": "relu", "jumprelu": "jumprelu", "gated": "gated"}
 """Activation rule by SAELens architecture; others (transcoders, temporal, signed) do not fit a feature space."""
 CHUNK_BYTES = 64 << 20
@@ -44,7 +49,8 @@ class Dictionary:
         """Load an SAE in float32.
 
         Args:
-            ref: ``zoo:<name>/<folder>``, ``path:<folder or FAC .pth>`` or ``saelens:<release>/<sae_id>``.
+            ref: ``zoo:<name>/<folder>``, ``path:<folder or FAC .pth>``, ``saelens:<release>/<sae_id>`` or
+                ``fac:<org/repository or .pth>``.
             device: A torch device.
 
         Raises:
@@ -52,7 +58,7 @@ class Dictionary:
         """
         from sae_lens import SAE
 
-        from models.fac import fac_loader
+        from models.fac import fac_file, fac_loader
 
         scheme, rest = parse(ref, SCHEMES, "SAE")
         card: dict[str, Any] = {}
@@ -61,7 +67,7 @@ class Dictionary:
             if scheme == "saelens":
                 sae = SAE.from_pretrained(*_release(rest, ref), device=device, dtype="float32")
             else:
-                path = local(scheme, rest, ref, "SAE")
+                path = fac_file(rest) if scheme == "fac" else local(scheme, rest, ref, "SAE")
                 if path.is_file():
                     sae = SAE.load_from_disk(path, device=device, dtype="float32", converter=fac_loader)
                     content = file_hash(path)

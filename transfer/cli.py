@@ -12,6 +12,7 @@ import typer
 from transfer.align_cli import align
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
+from transfer.models_cli import models
 from transfer.options import Json, Quiet, TextColumn, command_line
 
 QUICK_START = """\
@@ -29,6 +30,7 @@ app = typer.Typer(help=QUICK_START, no_args_is_help=True, add_completion=False, 
 zoo = typer.Typer(help="The three tiny trained models and their cards.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(zoo, name="zoo")
 app.add_typer(align, name="align")
+app.add_typer(models, name="models")
 
 Config = Annotated[str, typer.Argument(help="Experiment YAML, or a preset name.")]
 Settings = Annotated[list[str], typer.Option("--set", help="Override a key, such as align.reg=0.02; repeatable.")]
