@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.refs import local, parse
+from models.registry import find_sae
 from transfer.core.errors import TransferError
 from transfer.core.files import file_hash, read_json
 from transfer.core.keys import digest
@@ -118,23 +119,16 @@ class Dictionary:
 
     @cached_property
     def layer(self) -> int | None:
-        """Canonical layer from the metadata: ``layer``, or read off the hook name; ``None`` when neither says.
+        """Canonical layer from the metadata (``layer_of``) or the registry; ``None`` when neither says.
 
         Raises:
             TransferError: When the SAE was trained somewhere else than the residual stream.
         """
-        metadata = self.sae.cfg.metadata
-        if isinstance(metadata.get("layer"), int):
-            return metadata.get("layer")
-        names = [n for n in (metadata.get("hook_name"), metadata.get("hf_hook_name")) if n]
-        for name in names:
-            if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", name):
-                return int(match[1]) + (match[2] == "post")
-            if match := re.fullmatch(r"(?:model\.)?(?:model\.)?layers\.(\d+)", name):
-                return int(match[1]) + 1
-        if names:
-            raise TransferError(f"{self.ref} reads {names[0]}, which is not the residual stream after a layer.")
-        return None
+        stated = layer_of(self.sae.cfg.metadata, self.ref)
+        if stated is None and self.ref.startswith("saelens:"):
+            known = find_sae(self.ref)
+            return known.layer if known else None
+        return stated
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """Input as the SAE wants it, with the factor and shift that undo it (SAELens keeps those on the module)."""
@@ -300,3 +294,22 @@ def _release(rest: str, ref: str) -> tuple[str, str]:
 def _state_hash(sae: Any) -> str:
     parts = [(k, digest(v.detach().cpu().float().numpy().tobytes())) for k, v in sorted(sae.state_dict().items())]
     return digest([sae.cfg.architecture(), getattr(sae.cfg, "k", None), parts])
+
+
+def layer_of(metadata: Any, ref: str) -> int | None:
+    """Canonical layer that an SAE's metadata names: ``layer``, or read off the hook name; ``None`` when neither says.
+
+    Raises:
+        TransferError: When the SAE was trained somewhere else than the residual stream.
+    """
+    if isinstance(metadata.get("layer"), int):
+        return metadata.get("layer")
+    names = [n for n in (metadata.get("hook_name"), metadata.get("hf_hook_name")) if n]
+    for name in names:
+        if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", name):
+            return int(match[1]) + (match[2] == "post")
+        if match := re.fullmatch(r"(?:model\.)?(?:model\.)?layers\.(\d+)", name):
+            return int(match[1]) + 1
+    if names:
+        raise TransferError(f"{ref} reads {names[0]}, which is not the residual stream after a layer.")
+    return None

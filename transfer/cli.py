@@ -96,6 +96,8 @@ def _lines(result: dict[str, Any]) -> str:
                 keys = SHOWN.get(name, tuple(row))
                 cells = [f"{k} {_cell(row[k])}" for k in keys if not isinstance(row.get(k), (list, dict, type(None)))]
                 lines.append("  " + " · ".join(cells))
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            lines += [f"{name}:", *(f"  {text}" for text in value)]
         else:
             lines.append(f"{name}: {_cell(value)}")
     return "\n".join(lines)
@@ -139,6 +141,28 @@ def report(
 
     path = build_report(run)
     show({"report": str(path)} if as_json else str(path))
+
+
+@app.command("check")
+def check_experiment(
+    config: Config = "demo",
+    settings: Settings = [],  # noqa: B006 - typer reads the default, nothing changes it
+    tflops: Annotated[
+        float | None, typer.Option(min=0, help="Speed of the machine that will run it; measured here by default.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Everything that is wrong with an experiment, and what it will take; reads no weights. Exit 2 on a problem."""
+    set_quiet(quiet or as_json)
+    from transfer.check import check
+    from transfer.core.config import load_experiment
+
+    found = check(load_experiment(config, settings), tflops=tflops).to_dict()
+    show(found if as_json else _lines(found))
+    if found["problems"]:
+        n = len(found["problems"])
+        raise TransferError(f"{config} has {n} problem{'s' if n > 1 else ''}, listed above.")
 
 
 @app.command()
