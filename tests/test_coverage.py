@@ -18,10 +18,10 @@ from transfer.coverage import (
     alive,
     coverage,
     fires,
-    kl_terms,
     missing_hit_rate,
     thresholds,
 )
+from transfer.kl import kl_terms
 
 
 def space(n: int) -> FeatureSpace:
