@@ -1,4 +1,4 @@
-"""Coverage against δ and against the size of the dataset, from activations that are stored: nothing is encoded again."""
+"""Coverage against δ and against the size of the dataset, from stored activations: nothing is encoded again."""
 
 from __future__ import annotations
 

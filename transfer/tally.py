@@ -1,7 +1,7 @@
 """How often and how strongly a set of documents activates each feature, in parts that can be drawn again.
 
 One pass over the documents is all that coverage, its intervals and its curves need. The parts are single documents
-where the set is small; of a large store they are random groups of documents (the method of random groups): drawing
+where the set is small; of a large store they are groups of documents (the method of random groups): drawing
 groups with replacement shows how the numbers vary as drawing documents does, at 64 rows in place of a million.
 """
 
@@ -113,7 +113,8 @@ def tally_store(
         deltas: Thresholds, [n_features] each.
         features: Ids to count, sorted, [F].
         rows: Only these documents, bool [docs].
-        groups: Random groups; documents are dealt to them evenly within each block.
+        groups: Random groups. Each block is cut into as many runs of neighbouring documents, and these are dealt to
+            the groups; where neighbours are alike, as in a store sorted by topic, intervals are those of runs.
         seed: Of the dealing; the same documents fall into the same groups whatever δ.
 
     Raises:
@@ -128,7 +129,7 @@ def tally_store(
     counts = [np.zeros(shape, dtype=np.float32) for _ in deltas]
     sums = [np.zeros(shape, dtype=np.float32) for _ in deltas]
     sizes = np.zeros(groups, dtype=np.int64)
-    rng = np.random.default_rng(seed)
+    rng, one = np.random.default_rng(seed), np.ones(1, dtype=np.float32)
     lowest = [np.maximum(delta, 0).astype(np.float32) for delta in deltas]
     for first, block in store.doc_blocks():
         if rows is not None:
@@ -136,24 +137,26 @@ def tally_store(
         n = len(block.indptr) - 1
         if n == 0:
             continue
-        order, shuffle = rng.permutation(groups), rng.permutation(n)
-        # Which groups get one document more than others is random too.
         bounds = np.linspace(0, n, groups + 1).astype(np.int64)
+        # Which groups get one document more than others is random too.
+        order = rng.permutation(groups)
         sizes[order] += np.diff(bounds)
         for part, start, stop in zip(order, bounds[:-1], bounds[1:], strict=True):
-            if start == stop:
+            low, high = block.indptr[start], block.indptr[stop]
+            if low == high:
                 continue
-            # A group of a block fits the processor's cache, where everything below happens.
-            by_feature = block[shuffle[start:stop]].T
-            values, at, ones = by_feature.data, by_feature.indices, np.ones(stop - start, dtype=np.float32)
+            # A run of a block fits the processor's cache, where everything below happens.
+            values, at = block.data[low:high], block.indices[low:high]
             if not np.isfinite(values.sum()):
                 raise TransferError(f"The activations of {store.path} hold NaN or infinity.", "Harvest again.")
+            # One long document: scipy's scattered addition of its codes is several times as fast as a weighted count.
+            shape = (n_features, 1)
+            run = sp.csc_matrix((np.empty(high - low, np.float32), at, np.array([0, high - low])), shape, copy=False)
             for delta, count, total in zip(lowest, counts, sums, strict=True):
-                passing = (values > delta.take(at, mode="clip")).astype(np.float32)
-                by_feature.data = passing
-                count[part] += by_feature @ ones
-                by_feature.data = passing * values
-                total[part] += by_feature @ ones
+                run.data = (values > delta.take(at, mode="clip")).astype(np.float32)
+                count[part] += run @ one
+                run.data *= values
+                total[part] += run @ one
     features = np.asarray(features, dtype=np.int64)
     whole = len(features) == n_features
     return [
