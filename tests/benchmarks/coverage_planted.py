@@ -86,13 +86,7 @@ def planted_coverage(
         try:
             stages.cover(store, corpora, folder / "out", experiment)
         except TransferError:  # so much noise that nothing is relevant any more
-            return {
-                "precision": float("nan"),
-                "recall": 0.0,
-                "fac": float("nan"),
-                "truth": 1 - n_gone / n,
-                "n_relevant": 0,
-            }
+            return {"precision": float("nan"), "recall": 0.0, "fac": float("nan"), "n_relevant": 0.0}
         report = CoverageReport.load(folder / "out" / "seed.json")
     missing = report.missing.features
     right = len(np.intersect1d(missing, gone))
