@@ -192,6 +192,8 @@ class Selection:
     """What each added to the objective, float64 [picks], falling."""
     covered: np.ndarray
     """Features with at least one document after each pick, those covered before included, int64 [picks]."""
+    covered_before: int
+    """Features with a document before the first pick."""
     objective: float
     """Σ_i w_i φ(c_i) at the end, what was there before included."""
     possible: float
@@ -246,6 +248,7 @@ def select(
         raise TransferError(f"There are {n} features, {len(weights)} weights and {len(filled)} counts.")
     if not np.all(np.isfinite(weights)) or weights.min(initial=0) < 0:
         raise TransferError("Weights of features must be finite and not negative.")
+    before = int(np.count_nonzero(filled))
     worth = weights * saturation.more(filled)
     bound = candidates.gains(worth)
     left_out = np.array(sorted(set(without)), dtype=np.int64)
@@ -276,6 +279,7 @@ def select(
         np.array(documents, dtype=np.int64),
         np.array(gains),
         np.array(covered, dtype=np.int64),
+        before,
         float(weights @ saturation.worth(filled)),
         float(weights @ saturation.worth(_full(candidates, counts))),
         n,
