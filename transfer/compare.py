@@ -35,10 +35,10 @@ def compare(
 ) -> CoverageReport:
     """Coverage from two tallies of the same features.
 
-    The intervals come from resampling the data's documents (or groups of them, see ``transfer.tally``); the anchor
-    is taken as given. A resample holds only about 63 % of the distinct documents and so covers less than the data
-    itself; the replicates are therefore centred on the observed value before the percentiles are read, and shares are
-    cut at [0, 1].
+    The intervals come from resampling the data's documents, here or while a store was read (see ``transfer.tally``);
+    the anchor is taken as given. A resample holds only about 63 % of the distinct documents and so covers less than
+    the data itself; the replicates are therefore centred on the observed value before the percentiles are read, and
+    shares are cut at [0, 1].
 
     Args:
         anchor_tally: Of the anchor.
@@ -47,7 +47,7 @@ def compare(
         dataset: Name of the dataset.
         anchor: Name of the anchor.
         delta_rule: The rule as text.
-        n_bootstrap: Resamples; 0 gives intervals of the value alone.
+        n_bootstrap: Resamples, unless the tally brings its own; 0 gives intervals of the value alone.
         confidence: Of the intervals.
         eps: Smoothing of the divergences.
         seed: Of the resampling.
@@ -106,7 +106,7 @@ def numbers(
         anchor: Tally of the anchor.
         data: Tally of the data, of the same features.
         eps: Smoothing of the divergences.
-        n_bootstrap: Replicates.
+        n_bootstrap: Replicates, unless the tally brings its own.
         seed: Of the draws.
 
     Returns:
@@ -116,6 +116,13 @@ def numbers(
     whole = (np.array([float(data.n_docs)]), data.support[:, None], data.mass[:, None])
     value = {name: float(v[0]) for name, v in _statistics(anchor, *whole, eps).items()}
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in value}
+    if data.drawn is not None:
+        n_docs, counts, sums = data.drawn
+        for begin in range(0, len(n_docs), BLOCK):
+            block = slice(begin, begin + BLOCK)
+            for name, values in _statistics(anchor, n_docs[block], counts[:, block], sums[:, block], eps).items():
+                drawn[name].append(values)
+        n_bootstrap = 0
     rng = np.random.default_rng(seed)
     for begin in range(0, n_bootstrap if parts else 0, BLOCK):
         width = min(BLOCK, n_bootstrap - begin)

@@ -135,7 +135,7 @@ def curve(
     rule: Annotated[list[str], typer.Option(help="delta rules of the curve; repeatable. Default: sixteen.")] = [],  # noqa: B006
     always_on: AlwaysOn = 0.5,
     orders: Annotated[int, typer.Option(min=2, help="Random orders of the documents.")] = 20,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for intervals over delta.")] = 200,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for intervals over delta.")] = 100,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to save the points in.")] = None,
     as_json: Json = False,
@@ -148,6 +148,7 @@ def curve(
     from transfer.delta import DeltaRule
     from transfer.rank import ground_of, open_store
     from transfer.stages import curve_rows
+    from transfer.tally import WHOLE
 
     if Path(data).is_dir():
         if anchor is None:
@@ -156,7 +157,7 @@ def curve(
         ground = ground_of(open_store(anchor), DeltaRule.parse(delta), relevant=_relevant(report), always_on=always_on)
         found = curves(
             ground.anchor_docs,
-            mine,
+            mine.docs if len(mine.doc_ids) <= WHOLE else mine,
             ground.relevant,
             ground.rule,
             rules=[DeltaRule.parse(text) for text in rule] or RULES,

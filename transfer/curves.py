@@ -53,8 +53,8 @@ def curves(
     F is fixed before δ: the relevant features that are live (any positive value), so that all points share one set.
     A δ at which the anchor activates none of them gives a row without numbers.
 
-    Memory: of a store, that of ``tally_store`` with one threshold for each rule (0.5 GB for the 16 rules here at
-    65,536 features); of a matrix, its codes once for each rule.
+    Memory: of a store, that of ``tally_store`` with one threshold for each rule (1.5 GB for the 16 rules here at 65,536
+    features and 100 resamples); of a matrix, its codes once for each rule.
 
     Args:
         anchor_docs: Max over tokens of the anchor, [docs, n_features].
@@ -63,7 +63,7 @@ def curves(
         rule: δ of the curve over sizes.
         rules: δ rules of the other curve.
         rows: Only these documents of a store, bool [docs].
-        groups: Random groups of a store; sizes are multiples of one.
+        groups: Groups of a store; sizes are multiples of one.
         always_on: See ``alive``.
         n_bootstrap: Resamples for the intervals over δ.
         orders: Random orders of the documents; each gives one chain of nested subsets.
@@ -84,7 +84,8 @@ def curves(
     if isinstance(data, ActivationStore):
         data.space.check(relevant.space, "The relevant feature set")
         live, _ = live_features(relevant, state, always_on)
-        tallies = tally_store(data, deltas, live.features, rows=rows, groups=groups, seed=seed)
+        tallies = tally_store(data, deltas, live.features, rows=rows, groups=groups, draws=n_bootstrap, seed=seed)
+        n_bootstrap = 0  # drawn already
     else:
         if size(data)[1] != len(state.mask):
             raise TransferError(f"The data documents have {size(data)[1]} features, the anchor {len(state.mask)}.")
