@@ -11,7 +11,7 @@ from models.tokens import TokenBytes
 from transfer.core.errors import TransferError
 
 KINDS = {"space": "ZC", "punctuation": "PS", "digits": "N"}
-"""First letters of the Unicode categories of each kind; symbols go with punctuation, line ends with space."""
+"""First letters of the Unicode categories of each kind; symbols go with punctuation, control characters with space."""
 
 
 def counted(tokens: TokenBytes, skip: Sequence[str]) -> np.ndarray:
