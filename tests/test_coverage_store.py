@@ -147,7 +147,7 @@ def test_curves_hold_what_coverage_says_and_read_once(store: ActivationStore, mo
     anchor, relevant = store.docs[:100], FeatureSet(store.space, np.arange(400), "test")
     passes = []
     inner = ActivationStore.doc_blocks
-    monkeypatch.setattr(ActivationStore, "doc_blocks", lambda self: (passes.append(1), inner(self))[1])
+    monkeypatch.setattr(ActivationStore, "doc_blocks", lambda self, *a: (passes.append(1), inner(self, *a))[1])
     rule, rules = DeltaRule("quantile", 0.5), [DeltaRule.parse(t) for t in ("constant:0", "scale:0.5", "constant:99")]
     found = curves(anchor, store, relevant, rule, rules=rules, n_bootstrap=20, orders=5, seed=1)
     assert len(passes) == 1

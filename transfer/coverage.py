@@ -115,9 +115,9 @@ def coverage(
         if size(docs)[1] != space.n_features:
             raise TransferError(f"The {side} documents have {size(docs)[1]} features, {space.id} {space.n_features}.")
     live, counts = live_features(relevant, alive(anchor_docs, always_on, also=data_docs), always_on)
-    tallies = (tally(docs, delta, live.features) for docs in (anchor_docs, data_docs))
     return compare(
-        *tallies,
+        tally(anchor_docs, delta, live.features),
+        tally(data_docs, delta, live.features),
         live,
         dataset=dataset,
         anchor=anchor,
@@ -175,7 +175,7 @@ def store_coverage(
         TransferError: As ``coverage`` and ``tally_store``.
     """
     store.space.check(relevant.space, "The relevant feature set")
-    (data,) = tally_store(store, [delta], relevant.features, rows=rows, groups=1, draws=n_bootstrap, seed=seed)
+    (data,) = tally_store(store, [delta], relevant.features, rows=rows, draws=n_bootstrap, seed=seed)
     state = alive(anchor_docs, always_on)
     fired = np.zeros(store.space.n_features, dtype=bool)
     fired[relevant.features] = data.support > 0

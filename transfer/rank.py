@@ -23,7 +23,7 @@ from transfer.kl import feature_costs
 from transfer.selection import Candidates, Saturation, Selection, select
 from transfer.tally import tally, tally_store
 
-COLUMNS = ("rank", "id", "gain", "covered", "coverage")
+COLUMNS: tuple[str, ...] = ("rank", "id", "gain", "covered", "coverage")
 WEIGHTS = ("uniform", "kl")
 
 
@@ -134,7 +134,7 @@ def rank(
         support = np.zeros(len(features), dtype=np.int64)
     elif isinstance(data, ActivationStore):
         ground.space.check(data.space, f"The store {data.path}")
-        support = tally_store(data, [ground.delta], features, groups=1)[0].support
+        support = tally_store(data, [ground.delta], features)[0].support
     else:
         support = tally(data, ground.delta, features).support
     worth = np.ones(len(features))

@@ -23,6 +23,8 @@ from transfer.delta import above, size
 GROUPS = 64
 """Groups of a large store; memory is ``GROUPS × features × 8`` bytes for each δ (34 MB at 65,536)."""
 
+BLOCK = 1 << 23
+"""Codes read at once: a run of one of 64 groups then fits the cache and outweighs the sums that it is added to."""
 WHOLE = 5000
 """Up to this many documents a store may as well be read whole, and drawn document by document."""
 
@@ -116,7 +118,7 @@ def tally_store(
     """Tallies of a store of any size at several thresholds, in one pass over its shards.
 
     Memory: ``(groups + draws) × n_features × 8`` bytes for each threshold (86 MB at 65,536 features and 100 draws),
-    and a few copies of one block of 4 M codes (32 MB each).
+    with draws also five copies of one block of 8 M codes (32 MB each) and its draws of documents.
 
     Args:
         store: Activations.
@@ -144,7 +146,8 @@ def tally_store(
     n_drawn = np.zeros(draws)
     again = [[np.zeros((n_features, draws), dtype=np.float32) for _ in range(2)] for _ in deltas]
     lowest = [np.maximum(delta, 0).astype(np.float32) for delta in deltas]
-    for first, block in store.doc_blocks():
+    buffer = np.empty(0, dtype=np.float32)
+    for first, block in store.doc_blocks(BLOCK):
         if rows is not None:
             block = block[np.flatnonzero(rows[first : first + len(block.indptr) - 1])]
         n = len(block.indptr) - 1
@@ -160,15 +163,17 @@ def tally_store(
                 continue
             # A run of a block fits the processor's cache, where everything below happens.
             values, at = block.data[low:high], block.indices[low:high]
-            if not np.isfinite(values.sum()):
+            if not np.isfinite(values @ values):
                 raise TransferError(f"The activations of {store.path} hold NaN or infinity.", "Harvest again.")
             # One long document: scipy's scattered addition of its codes is several times as fast as a weighted count.
-            shape = (n_features, 1)
-            run = sp.csc_matrix((np.empty(high - low, np.float32), at, np.array([0, high - low])), shape, copy=False)
+            if high - low > len(buffer):
+                buffer = np.empty(high - low, dtype=np.float32)
+            passing = buffer[: high - low]
+            run = sp.csc_matrix((passing, at, np.array([0, high - low])), (n_features, 1), copy=False)
             for delta, count, total in zip(lowest, counts, sums, strict=True):
-                run.data = (values > delta.take(at, mode="clip")).astype(np.float32)
+                run.data = np.greater(values, delta.take(at, mode="clip"), out=passing)
                 count[part] += run @ one
-                run.data *= values
+                passing *= values
                 total[part] += run @ one
         if draws:
             weights = rng.poisson(1.0, size=(n, draws)).astype(np.float32)
@@ -176,13 +181,9 @@ def tally_store(
             resample(block, lowest, weights, again)
     features = np.asarray(features, dtype=np.int64)
     whole = len(features) == n_features
+    at = slice(None) if whole else features
     return [
-        Tally(
-            features,
-            sizes,
-            *(part if whole else part[:, features] for part in (count, total)),
-            (n_drawn, *(part if whole else part[features] for part in drawn)) if draws else None,
-        )
+        Tally(features, sizes, count[:, at], total[:, at], (n_drawn, drawn[0][at], drawn[1][at]) if draws else None)
         for count, total, drawn in zip(counts, sums, again, strict=True)
     ]
 

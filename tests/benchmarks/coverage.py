@@ -187,7 +187,7 @@ def _peer(
         made = FeatureBasedSelection(picks, concave_func=saturation.kind, optimizer="lazy")
     from transfer.delta import fires
 
-    matrix = fires(docs, delta).astype(np.float64)
+    matrix = sp.csr_matrix(fires(docs, delta), dtype=np.float64)
     made.fit(matrix[:1000])  # its compiler's time is not its method's
     spent, _ = _cpu(lambda: made.fit(matrix))
     return "apricot-select (lazy)", picks / spent
