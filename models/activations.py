@@ -34,7 +34,8 @@ def harvest(
 
     A shard that is there under the same key (space, texts, settings) is kept, so the same call continues an
     interrupted one. Memory: one shard's codes (and residuals, where kept), one padded batch, and
-    ``models.sae.CHUNK_BYTES``; never tokens × features.
+    ``models.sae.CHUNK_BYTES``; never tokens × features. Dense codes above a low floor come near that: give them small
+    shards.
 
     Args:
         adapter: Model and SAE.
@@ -47,7 +48,8 @@ def harvest(
 
     Returns:
         The store. ``counts``: ``empty`` texts without a content token (kept as empty rows), ``truncated`` texts that
-        lost content tokens, and ``clipped`` residual values beyond float16.
+        lost content tokens, ``clipped`` residual values beyond float16, and, where the adapter skips kinds of tokens,
+        ``skipped`` content tokens.
 
     Raises:
         TransferError: For a corpus without texts or with repeated ids.
@@ -61,7 +63,7 @@ def harvest(
     (out / "meta.json").unlink(missing_ok=True)
     kinds = ("tokens", "docs", "residual") if keep_residual else ("tokens", "docs")
     settings = {"max_tokens": max_tokens, "token_budget": token_budget, "kinds": kinds, "schema": SCHEMA}
-    totals = {"empty": 0, "truncated": 0, "clipped": 0, "tokens": 0}
+    totals = {"empty": 0, "truncated": 0, "clipped": 0, "tokens": 0, **({"skipped": 0} if adapter.skip else {})}
     shards = range(0, len(corpus), shard_docs)
     expected = _expected_tokens(adapter, corpus, max_tokens)
     with progress(f"harvest {adapter.space.model}", expected, "tokens") as advance:
@@ -106,16 +108,18 @@ def _shard(
     advance: Callable[[int], None],
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
     """Arrays of one shard by kind, and its counts."""
-    cut = [r.cut(max_tokens) for r in adapter.language.render_many(texts)]
-    rendered = [r for r, _ in cut]
+    cut = adapter.rendered(texts, max_tokens)
+    rendered = [line for line, _, _ in cut]
     codes = adapter.encode(rendered, token_budget=token_budget, residual=keep_residual, half=True, advance=advance)
     docs, peaks = max_over_tokens(codes.tokens, codes.docs, len(texts))
     counts = {
-        "empty": sum(not len(r.content) and not lost for r, lost in cut),
-        "truncated": sum(lost for _, lost in cut),
+        "empty": sum(not len(r.content) and not lost for r, lost, _ in cut),
+        "truncated": sum(lost for _, lost, _ in cut),
         "clipped": 0,
         "tokens": len(codes.docs),
     }
+    if adapter.skip:
+        counts["skipped"] = sum(skipped for _, _, skipped in cut)
     arrays = {
         "tokens": {
             "indptr": codes.tokens.indptr.astype(np.int64),

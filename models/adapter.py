@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from models.language import LanguageModel
 from models.sae import Dictionary
+from models.token_filter import counted, name
 from models.tokens import Rendered
 from transfer.core.errors import TransferError
 from transfer.core.space import FeatureSpace
@@ -64,6 +66,22 @@ def max_over_tokens(tokens: sp.csr_matrix, docs: np.ndarray, n_docs: int) -> tup
     return sp.csr_matrix(maxima), sp.csr_matrix(peaks)
 
 
+def _joined(parts: list[sp.csr_matrix]) -> sp.csr_matrix:
+    return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+
+def _floor(codes: str) -> float | None:
+    """The floor that ``dense:<floor>`` names, 0 for ``dense``, None for ``sae``."""
+    kind, colon, value = codes.partition(":")
+    try:
+        floor = float(value) if colon else 0.0
+    except ValueError:
+        floor = -1.0
+    if kind not in ("sae", "dense") or (kind == "sae" and colon) or not 0 <= floor < float("inf"):
+        raise TransferError(f"Unknown rule for codes {codes!r}.", "Use sae, dense or dense:<floor>, such as dense:0.5.")
+    return floor if kind == "dense" else None
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """One model, one SAE, one layer."""
@@ -71,10 +89,22 @@ class Adapter:
     language: LanguageModel
     dictionary: Dictionary
     space: FeatureSpace
+    floor: float | None = None
+    """Codes are the ReLU of every pre-activation above it; None for the SAE's own rule."""
+    skip: tuple[str, ...] = ()
+    """Kinds of tokens that do not count, see ``models.token_filter``."""
 
     @classmethod
     def load(
-        cls, model: str, sae: str, layer: int | None = None, *, dtype: str = "float32", device: str = "cpu"
+        cls,
+        model: str,
+        sae: str,
+        layer: int | None = None,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        codes: str = "sae",
+        skip: Sequence[str] = (),
     ) -> Self:
         """Load and tie together.
 
@@ -84,16 +114,29 @@ class Adapter:
             layer: Canonical layer; from the SAE's metadata when left out.
             dtype: The model's dtype; the SAE runs in float32.
             device: A torch device.
+            codes: ``sae`` for the SAE's own activation rule, ``dense`` or ``dense:<floor>`` for every pre-activation
+                above 0 or above a floor. Part of the space, as ``skip``: two rules never mix.
+            skip: Kinds of tokens that do not count: ``space``, ``punctuation``, ``digits``.
 
         Raises:
-            TransferError: When the widths differ, or the layer is unknown, out of range or not the SAE's own.
+            TransferError: When the widths differ, the layer is unknown, out of range or not the SAE's own, or ``codes``
+                or ``skip`` are none of these.
         """
         language, dictionary = LanguageModel.load(model, dtype=dtype, device=device), Dictionary.load(sae, device)
-        return cls.join(language, dictionary, layer)
+        return cls.join(language, dictionary, layer, codes=codes, skip=skip)
 
     @classmethod
-    def join(cls, language: LanguageModel, dictionary: Dictionary, layer: int | None = None) -> Self:
+    def join(
+        cls,
+        language: LanguageModel,
+        dictionary: Dictionary,
+        layer: int | None = None,
+        *,
+        codes: str = "sae",
+        skip: Sequence[str] = (),
+    ) -> Self:
         """Tie a loaded model and a loaded SAE together; see ``load``."""
+        floor = _floor(codes)
         if dictionary.d_model != language.d_model:
             raise TransferError(
                 f"{dictionary.ref} reads a residual stream of width {dictionary.d_model}, "
@@ -119,10 +162,30 @@ class Adapter:
             sae_hash=dictionary.hash,
             n_features=dictionary.n_features,
             d_model=dictionary.d_model,
-            rule=dictionary.rule,
+            rule=(dictionary.rule if floor is None else f"dense-{floor:g}") + name(skip),
             template_offset=language.template_offset,
         )
-        return cls(language, dictionary, space)
+        adapter = cls(language, dictionary, space, floor, tuple(skip))
+        _ = adapter.counted  # a wrong kind is told now
+        return adapter
+
+    @cached_property
+    def counted(self) -> np.ndarray | None:
+        """Whether each token of the vocabulary counts, bool [vocabulary]; None where all do."""
+        return counted(self.language.renderer.bytes, self.skip) if self.skip else None
+
+    def rendered(self, texts: list[str], max_tokens: int) -> list[tuple[Rendered, bool, int]]:
+        """Texts as read, with the tokens that count as content; whether each was cut, and tokens left out by kind."""
+        found = []
+        for whole in self.language.render_many(texts):
+            line, lost = whole.cut(max_tokens)
+            if self.counted is None:
+                found.append((line, lost, 0))
+                continue
+            keep = self.counted[np.asarray(line.ids, dtype=np.int64)[line.content]]
+            kept = Rendered(line.ids, line.content[keep], line.ends[keep])
+            found.append((kept, lost, int(np.count_nonzero(~keep))))
+        return found
 
     def encode(
         self,
@@ -132,6 +195,7 @@ class Adapter:
         residual: bool = False,
         half: bool = False,
         advance: Callable[[int], None] | None = None,
+        own: bool = False,
     ) -> Codes:
         """Features of the content tokens of rendered texts, sparse at once.
 
@@ -143,6 +207,7 @@ class Adapter:
             residual: Keep the residual stream of the content tokens too.
             half: Keep it in float16 (values beyond its range become infinite).
             advance: Called with the content tokens done after each batch.
+            own: By the SAE's own rule even where the space is dense.
         """
         parts: list[sp.csr_matrix] = []
         docs: list[np.ndarray] = []
@@ -155,7 +220,8 @@ class Adapter:
             width = hidden.shape[1]
             pick = np.concatenate([j * width + rendered[i].content - shared for j, i in enumerate(rows)])
             x = hidden.reshape(-1, self.space.d_model)[torch.from_numpy(pick).to(hidden.device)].float()
-            parts.append(self.dictionary.encode(x))
+            own_rule = own or self.floor is None
+            parts.append(self.dictionary.encode(x) if own_rule else self.dictionary.encode_dense(x, self.floor or 0.0))
             docs.append(np.concatenate([np.full(len(rendered[i].content), i, dtype=np.int32) for i in rows]))
             if residual:
                 states.append((x.half() if half else x).cpu().numpy())
@@ -183,8 +249,15 @@ class Adapter:
             Maxima over content tokens, float32 CSR [texts, n_features], and their positions plus one, int32 CSR with
             the same pattern.
         """
-        codes = self.encode(self._cut(texts, max_tokens), token_budget=token_budget)
-        return max_over_tokens(codes.tokens, codes.docs, len(texts))
+        rendered = [line for line, _, _ in self.rendered(texts, max_tokens)]
+        # Dense codes of many tokens are large; their maxima are not.
+        step = max(len(texts) if self.floor is None else 32, 1)
+        parts = [rendered[i : i + step] for i in range(0, len(texts), step)] or [[]]
+        pooled = []
+        for part in parts:
+            codes = self.encode(part, token_budget=token_budget)
+            pooled.append(max_over_tokens(codes.tokens, codes.docs, len(part)))
+        return _joined([maxima for maxima, _ in pooled]), _joined([peaks for _, peaks in pooled])
 
     def _cut(self, texts: list[str], max_tokens: int) -> list[Rendered]:
         return [r.cut(max_tokens)[0] for r in self.language.render_many(texts)]
@@ -204,7 +277,7 @@ class Adapter:
         fired, active = np.zeros(self.space.n_features, dtype=bool), 0
         rendered = self._cut(texts, max_tokens)
         for i in range(0, len(rendered), 256):
-            codes = self.encode(rendered[i : i + 256], residual=True)
+            codes = self.encode(rendered[i : i + 256], residual=True, own=True)
             assert codes.residual is not None
             x = torch.from_numpy(codes.residual)
             made: Tensor = self.dictionary.decode(codes.tokens, x).cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -156,13 +157,49 @@ class Dictionary:
         Raises:
             TransferError: When the width differs or ``x`` is not finite.
         """
+        return self._chunked(x, self._topk if self.k is not None else self._any, chunk_bytes)
+
+    @torch.inference_mode()
+    def encode_dense(self, x: Tensor, floor: float = 0.0, chunk_bytes: int = CHUNK_BYTES) -> sp.csr_matrix:
+        """ReLU of every pre-activation, whatever the SAE's own rule keeps: the rule of FAC Synthesis' released code.
+
+        About half of the features may be positive, so each token can take 4 bytes a feature; a floor keeps that down.
+
+        Args:
+            x: [tokens, d_model].
+            floor: Only codes above it are kept.
+            chunk_bytes: See ``encode``.
+
+        Returns:
+            float32 CSR [tokens, n_features], as ``encode``.
+
+        Raises:
+            TransferError: As ``encode``, and for an architecture whose codes are not its pre-activations (gated).
+        """
+        if self.sae.cfg.architecture() == "gated":
+            raise TransferError(f"{self.ref} is gated: it has no dense codes.", "Use the SAE's own codes.")
+
+        def above(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            pre = self._pre(part)
+            return _kept(pre, pre > max(floor, 0.0))
+
+        return self._chunked(x, above, chunk_bytes)
+
+    def _pre(self, x: Tensor) -> Tensor:
+        """Pre-activations, float32 [tokens, n_features]."""
+        sae = self.sae
+        return torch.addmm(sae.b_enc, self._normalised(x)[0] - sae.b_dec * sae.cfg.apply_b_dec_to_input, sae.W_enc)
+
+    def _chunked(
+        self, x: Tensor, encode: Callable[[Tensor], tuple[np.ndarray, np.ndarray, np.ndarray]], chunk_bytes: int
+    ) -> sp.csr_matrix:
+        """Codes chunk by chunk; ``encode`` gives the number of codes of each row, their columns and values."""
         if x.shape[-1] != self.d_model:
             raise TransferError(f"{self.ref} reads width {self.d_model}, got {x.shape[-1]}.")
         # Comparisons drop NaN silently, so it is looked for before encoding.
         if not bool(torch.isfinite(x).all()):
             raise TransferError(f"The residual stream for {self.ref} is not finite.", "Load the model in float32.")
         step = max(1, min(CHUNK_ROWS, chunk_bytes // (4 * self.n_features)))
-        encode = self._topk if self.k is not None else self._any
         parts = [encode(x[i : i + step].to(self.sae.device, torch.float32)) for i in range(0, len(x), step)]
         counts = np.concatenate([np.zeros(1, np.int64), *(p[0] for p in parts)])
         columns = np.concatenate([np.zeros(0, np.int32), *(p[1] for p in parts)])
@@ -172,10 +209,7 @@ class Dictionary:
         return codes
 
     def _topk(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        sae = self.sae
-        x = self._normalised(x)[0] - sae.b_dec * sae.cfg.apply_b_dec_to_input
-        pre = torch.addmm(sae.b_enc, x, sae.W_enc)
-        values, columns = largest(pre, self.sae.cfg.k)
+        values, columns = largest(self._pre(x), self.sae.cfg.k)
         columns, order = columns.sort(dim=-1)
         values = values.gather(-1, order)
         live = values > 0
@@ -187,12 +221,7 @@ class Dictionary:
 
     def _any(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         dense = self.sae.encode(x)
-        live = dense != 0
-        return (
-            live.sum(-1).cpu().numpy(),
-            live.nonzero()[:, 1].to(torch.int32).cpu().numpy(),
-            dense[live].cpu().numpy(),
-        )
+        return _kept(dense, dense != 0)
 
     @torch.inference_mode()
     def decode(self, codes: sp.csr_matrix, x: Tensor | None = None) -> Tensor:
@@ -228,6 +257,12 @@ class Dictionary:
     def directions(self) -> np.ndarray:
         """What one unit of each feature adds to the reconstruction, float32 [n_features, d_model]."""
         return self.sae.W_dec.float().cpu().numpy()
+
+
+def _kept(dense: Tensor, live: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a block [rows, n_features], how many entries of each row are live, their columns and values."""
+    columns = live.nonzero()[:, 1].to(torch.int32)
+    return live.sum(-1).cpu().numpy(), columns.cpu().numpy(), dense[live].cpu().numpy()
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ from transfer.coverage import (
     alive,
     coverage,
     fires,
-    kl_terms,
+    missing_hit_interval,
     missing_hit_rate,
     thresholds,
 )
+from transfer.kl import feature_costs, kl_frequency, kl_terms
 
 
 def space(n: int) -> FeatureSpace:
@@ -62,13 +63,26 @@ def test_thresholds_agree_with_numpy(seed: int, q: float):
         assert mine[i] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("text", ["quantile", "median:0.5", "quantile:1", "constant:-1", "constant:nan", ":"])
+@pytest.mark.parametrize(
+    "text", ["quantile", "median:0.5", "quantile:1", "constant:-1", "constant:nan", "scale:-1", "scale:x", ":"]
+)
 def test_bad_rules_are_refused(text: str):
     with pytest.raises(TransferError):
         DeltaRule.parse(text)
 
 
+def test_the_scale_rule_is_a_share_of_each_features_strong_activation():
+    values = np.arange(1, 22, dtype=np.float32)  # 21 documents; the 95th percentile is the 20th value
+    docs = sp.csr_matrix(np.column_stack([values, 10 * values, np.zeros(21, dtype=np.float32)]))
+    assert thresholds(docs, DeltaRule.parse("scale:0.5")).tolist() == [10, 100, 0]
+    # Many weak activations move a quantile, and the scale hardly.
+    weak = sp.csr_matrix(np.concatenate([values, np.full(100, 0.01, dtype=np.float32)])[:, None])
+    assert thresholds(weak, DeltaRule("quantile", 0.5))[0] < 0.1
+    assert thresholds(weak, DeltaRule("scale", 0.5))[0] > 7
+
+
 def test_the_rule_text_round_trips():
+    assert str(DeltaRule.parse("scale:0.25")) == "scale:0.25"
     assert DeltaRule.parse(str(DeltaRule("quantile", 0.75))) == DeltaRule("quantile", 0.75)
 
 
@@ -134,6 +148,105 @@ def test_coverage_against_values_worked_out_by_hand(tmp_path: Path):
     report.save(tmp_path / "c.json")
     again = CoverageReport.load(tmp_path / "c.json")
     assert again.summary() == report.summary() and again.missing.features.tolist() == [2, 3]
+
+
+# Four features at δ = 1. Anchor of 4 documents, data of 8.
+SMALL_ANCHOR = csr([[2, 3, 0, 0], [2, 0, 2, 0], [0, 0, 0, 0.5], [0, 0, 0, 0]])
+SMALL_DATA = csr([[4, 2, 0, 0], [0, 2, 0, 0], [0, 0, 1, 2], [0, 0, 0, 2], [0, 0, 0, 2], [0] * 4, [0] * 4, [0] * 4])
+
+
+def small_case(**kwargs) -> CoverageReport:
+    delta = np.ones(4, dtype=np.float32)
+    return coverage(space(4), SMALL_ANCHOR, SMALL_DATA, chosen(4, [0, 1, 2, 3]), delta, eps=0.1, **kwargs)
+
+
+def test_every_number_worked_out_by_hand():
+    report = small_case()
+    # Above 1 the anchor has feature 0 twice, 1 once, 2 once, 3 never; the data 0 once, 1 twice, 2 never, 3 thrice.
+    assert report.anchor_features.features.tolist() == [0, 1, 2]
+    assert report.covered.features.tolist() == [0, 1] and report.missing.features.tolist() == [2]
+    assert report.fac == pytest.approx(2 / 3) and report.fac_uncapped == pytest.approx(3 / 3)
+    # Shares of documents: anchor 2/4, 1/4, 1/4; data 1/8, 2/8, 0. Reached: (1/8)/(2/4) = 1/4, all of 1, none.
+    assert report.fac_frequency == pytest.approx((1 / 4 + 1 + 0) / 3)
+    # Mean activations above δ: anchor 4/4, 3/4, 2/4; data 4/8, 4/8, 0. Reached: 1/2, 2/3, none.
+    assert report.fac_magnitude == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
+    # Uniform surrogate: Q^ε = 0.9/3 + 0.1/4 = 0.325 on covered, 0.1/4 = 0.025 on missing features, P = 1/3 each.
+    uniform = [math.log((1 / 3) / 0.325) / 3] * 2 + [math.log((1 / 3) / 0.025) / 3]
+    assert report.kl == pytest.approx(sum(uniform))
+    # By frequency: P = 2/4, 1/4, 1/4, 0; Q = 0.9 · (1, 2, 0, 3)/6 + 0.025 = 0.175, 0.325, 0.025, 0.475.
+    frequency = [0.5 * math.log(0.5 / 0.175), 0.25 * math.log(0.25 / 0.325), 0.25 * math.log(0.25 / 0.025)]
+    assert report.kl_frequency == pytest.approx(sum(frequency))
+    # Feature 2 costs 0.576, feature 0 costs 0.525; feature 1 costs nothing: the data has more of it than the anchor.
+    assert [c["feature"] for c in report.costs] == [2, 0]
+    assert [c["kl_frequency"] for c in report.costs] == pytest.approx([frequency[2], frequency[0]])
+    assert [c["kl"] for c in report.costs] == pytest.approx([uniform[2], uniform[0]])
+    assert report.costs[0]["missing"] and not report.costs[1]["missing"]
+    assert report.costs[1]["anchor_share"] == 0.5 and report.costs[1]["data_share"] == 0.125
+    # Generated texts that activate feature 2 in one of two: one hit of one missing feature.
+    kept = csr([[0, 0, 1.5, 0], [9, 0, 1, 0]])
+    assert missing_hit_rate(report.missing, kept, np.ones(4, dtype=np.float32)) == (1, 1.0)
+
+
+def test_costs_add_up_to_the_divergences():
+    rng = np.random.default_rng(1)
+    anchor, data = rng.integers(0, 5, size=50), rng.integers(0, 3, size=50)
+    costs = feature_costs(np.arange(50), anchor, data, 1e-2)
+    n, q, c = (int(np.count_nonzero(x)) for x in (anchor, data, (anchor > 0) & (data > 0)))
+    assert costs.uniform.sum() == pytest.approx(sum(kl_terms(n, q, c, 50, 1e-2)))
+    assert costs.frequency.sum() == pytest.approx(float(kl_frequency(anchor, data, 1e-2)))
+    assert np.all(costs.frequency[anchor == 0] == 0) and np.all(costs.uniform[anchor == 0] == 0)
+    assert kl_frequency(anchor, data[:, None] * np.array([1, 7]), 1e-2) == pytest.approx([costs.frequency.sum()] * 2)
+    assert kl_frequency(anchor, anchor, 1e-9) == pytest.approx(0, abs=1e-6)
+    assert np.array_equal(costs.order(), np.lexsort((np.arange(50), -costs.frequency)))
+
+
+def test_the_first_term_of_the_surrogate_is_not_monotone():
+    terms = [kl_terms(10, n, n, 20, 1e-3)[0] for n in range(1, 11)]
+    assert min(np.diff(terms)) < 0 < max(np.diff(terms))  # falls, then rises with features covered
+    assert kl_terms(10, 9, 2, 20, 1e-3)[0] > kl_terms(10, 2, 2, 20, 1e-3)[0]  # rises with features the anchor lacks
+
+
+def test_intervals_of_all_numbers_equal_a_plain_loop():
+    report = small_case(n_bootstrap=70, seed=4)
+    rng, dense = np.random.default_rng(4), SMALL_DATA.toarray()
+    drawn: dict[str, list[float]] = {}
+    # Two blocks of replicates hold the same draws as one loop.
+    for _ in range(70):
+        sample = sp.csr_matrix(dense[rng.integers(8, size=8)])
+        again = coverage(
+            space(4), SMALL_ANCHOR, sample, chosen(4, [0, 1, 2, 3]), np.ones(4, np.float32), eps=0.1, n_bootstrap=0
+        )
+        # F stays that of the data itself: a feature that the sample lacks does not leave it.
+        full = {n: getattr(again, n) for n in ("fac", "fac_uncapped", "fac_frequency", "fac_magnitude")}
+        for name, value in full.items():
+            drawn.setdefault(name, []).append(value)
+    assert set(report.intervals) == {"fac_uncapped", "fac_frequency", "fac_magnitude", "kl", "kl_frequency"}
+    for name, values in drawn.items():
+        centred = np.array(values) + getattr(report, name) - np.mean(values)
+        low, high = np.quantile(centred, [0.025, 0.975])
+        found = [report.ci_low, report.ci_high] if name == "fac" else report.intervals[name]
+        if name != "fac_uncapped":
+            low, high = max(low, 0), min(high, 1)
+        assert found == pytest.approx([min(low, getattr(report, name)), high], abs=1e-6), name
+        assert found[0] <= getattr(report, name) <= found[1]
+    assert report.summary()["kl_low"] <= report.kl <= report.summary()["kl_high"]
+
+
+def test_the_hit_rate_has_an_interval():
+    rng = np.random.default_rng(2)
+    kept, missing = scattered(rng, 30, 10, 0.05), chosen(10, list(range(10)))
+    _, rate = missing_hit_rate(missing, kept, np.zeros(10))
+    low, high = missing_hit_interval(missing, kept, np.zeros(10), seed=1)
+    assert 0 <= low < rate < high <= 1
+    assert missing_hit_interval(missing, kept, np.zeros(10), seed=1) == (low, high)
+    assert all(map(math.isnan, missing_hit_interval(chosen(10, []), kept, np.zeros(10))))
+    assert missing_hit_interval(missing, kept[:0], np.zeros(10)) == (0, 0)
+
+
+def test_what_is_left_out_is_counted():
+    report = hand_case()
+    assert (report.n_dead, report.n_always_on, report.always_on) == (1, 1, 0.5)
+    assert report.summary()["n_always_on"] == 1
 
 
 def test_the_interval_holds_the_value_and_repeats():

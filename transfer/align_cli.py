@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
 
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
-from transfer.options import Json, Quiet, TextColumn
+from transfer.options import Json, Quiet, RunByDefault, TextColumn
 
 if TYPE_CHECKING:
     from aligners.tokens import Pooling
@@ -31,17 +29,7 @@ Match features between models.
   transfer align ladder                          tests of an aligner where the answer is known"""
 
 
-class _RunByDefault(TyperGroup):
-    """What is no verb of ``align`` is an experiment: ``align demo`` means ``align run demo``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            misspelt = difflib.get_close_matches(args[0], self.commands, 1) and not Path(args[0]).exists()
-            args = args if misspelt else ["run", *args]
-        return super().parse_args(ctx, args)
-
-
-align = typer.Typer(cls=_RunByDefault, help=HELP, no_args_is_help=True, rich_markup_mode=None)
+align = typer.Typer(cls=RunByDefault, help=HELP, no_args_is_help=True, rich_markup_mode=None)
 
 METHODS_HELP = (
     "fused, activation, map, unembedding, same, sinkhorn, relative, gromov, crosscoder; controls: random, gromov-cold."

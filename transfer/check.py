@@ -14,7 +14,7 @@ from models.headers import ModelHeader, SaeHeader, model_header, sae_header
 from transfer.core.config import Experiment
 from transfer.core.errors import TransferError
 from transfer.core.texts import Corpus
-from transfer.coverage import DeltaRule
+from transfer.delta import DeltaRule
 from transfer.finetune import RECIPES, get_recipe
 from transfer.splits import check_corpora, load_corpora
 from transfer.tasks import get_task

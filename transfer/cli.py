@@ -12,6 +12,7 @@ import typer
 from transfer.align_cli import align
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
+from transfer.cover_cli import cover
 from transfer.models_cli import models
 from transfer.options import Json, Quiet, TextColumn, command_line
 
@@ -31,6 +32,7 @@ zoo = typer.Typer(help="The three tiny trained models and their cards.", no_args
 app.add_typer(zoo, name="zoo")
 app.add_typer(align, name="align")
 app.add_typer(models, name="models")
+app.add_typer(cover, name="cover")
 
 Config = Annotated[str, typer.Argument(help="Experiment YAML, or a preset name.")]
 Settings = Annotated[list[str], typer.Option("--set", help="Override a key, such as align.reg=0.02; repeatable.")]
@@ -84,12 +86,16 @@ SHOWN = {
     "claims": ("verdict", "sentence"),
 }
 """Columns of the readable form; ``--json`` has all."""
+UNSHOWN = ("coverage_curves",)
+"""Tables too long for it; ``transfer cover curve`` shows them."""
 
 
 def _lines(result: dict[str, Any]) -> str:
     """A short readable form of a verb's result."""
     lines: list[str] = []
     for name, value in result.items():
+        if name in UNSHOWN:
+            continue
         if isinstance(value, list) and value and isinstance(value[0], dict):
             lines.append(f"{name}:")
             for row in value:
@@ -125,7 +131,7 @@ def _verb(stage: str, text: str, group: typer.Typer = app, name: str = "") -> No
 _verb("run", "Every stage, ending with the report; the same command continues an interrupted run.")
 _verb("harvest", "Store the sparse SAE activations of the texts, per model.")
 _verb("align", "Match features between all pairs of an experiment's models.", align, "run")
-_verb("cover", "Feature Activation Coverage of the seed data, and the features it lacks.")
+_verb("cover", "Feature Activation Coverage of the seed data, and the features it lacks.", cover, "run")
 _verb("synth", "Write texts for the missing features, scored by the SAE.")
 _verb("tune", "Fine-tune every target on every arm.")
 _verb("eval", "The transfer table: means, intervals, controls, verdicts.")

@@ -1,17 +1,30 @@
-"""What all verbs of the command line share: common options, and the command as typed."""
+"""What all verbs of the command line share: common options, groups with a default verb, and the command as typed."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 TextColumn = Annotated[str | None, typer.Option(help="Column that holds the text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No status lines.")]
+
+
+class RunByDefault(TyperGroup):
+    """What is no verb of the group is an experiment: ``align demo`` means ``align run demo``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put ``run`` before what is no verb, unless it is a misspelt one."""
+        if args and args[0] not in self.commands and args[0] != "--help":
+            misspelt = difflib.get_close_matches(args[0], self.commands, 1) and not Path(args[0]).exists()
+            args = args if misspelt else ["run", *args]
+        return super().parse_args(ctx, args)
 
 
 def command_line() -> list[str]:

@@ -28,7 +28,7 @@ from transfer.core.space import FeatureSpace
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.core.workers import Workers
-from transfer.coverage import DeltaRule
+from transfer.delta import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
 from transfer.splits import check_corpora, load_corpora
@@ -81,7 +81,13 @@ class Pipeline:
     def adapters(self) -> dict[str, Adapter]:
         """Every model with its SAE, loaded once."""
         return {
-            name: Adapter.load(section.model, section.sae, section.layer)
+            name: Adapter.load(
+                section.model,
+                section.sae,
+                section.layer,
+                codes=self.experiment.harvest.codes,
+                skip=self.experiment.harvest.skip,
+            )
             for name, section in self.experiment.models.items()
         }
 
@@ -318,6 +324,9 @@ class Pipeline:
         numbers["context"] = [row for folder in self.aligned.values() for row in read_json(folder / "context.json")]
         if rank >= 2:
             numbers["coverage"] = [report.summary() for report, _ in self.coverage.values()]
+            numbers["coverage_curves"] = [
+                row for _, folder in self.coverage.values() for row in read_json(folder / "curves.json")
+            ]
         if rank >= 3:
             numbers["synthesis"] = [
                 row for _, folder in self.written.values() for row in read_json(folder / "rows.json")

@@ -25,7 +25,9 @@ from transfer.core.space import FeatureSet, FeatureView
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.core.workers import Workers
-from transfer.coverage import DeltaRule, coverage, fires, missing_hit_rate, thresholds
+from transfer.coverage import alive, coverage, missing_hit_interval, missing_hit_rate
+from transfer.curves import curves
+from transfer.delta import DeltaRule, check_floor, fires, thresholds
 from transfer.explain import judge_relevance, top_spans
 from transfer.methods import make_aligner, parameters
 from transfer.synthesis import score_targets, steering_vectors, synthesise
@@ -141,11 +143,12 @@ def split_docs(store: ActivationStore, corpus: Corpus) -> sp.csr_matrix:
 
 
 def cover(store: ActivationStore, corpora: Mapping[str, Corpus], out: Path, experiment: Experiment) -> None:
-    """Thresholds and relevant features from the anchor; coverage of the seed data against it."""
+    """Thresholds and relevant features from the anchor; coverage of the seed data against it, and its curves."""
     settings = experiment.cover
     anchor, seed = split_docs(store, corpora["anchor"]), split_docs(store, corpora["seed"])
     rule = DeltaRule.parse(settings.delta)
     delta = thresholds(anchor, rule)
+    check_floor(store.space, delta, ~alive(anchor).dead)
     relevant = judge_relevance(
         store.space,
         anchor,
@@ -154,6 +157,7 @@ def cover(store: ActivationStore, corpora: Mapping[str, Corpus], out: Path, expe
         delta=delta,
         fdr=settings.fdr,
         min_support=settings.min_docs,
+        always_on=settings.always_on,
     )
     report = coverage(
         store.space,
@@ -163,11 +167,29 @@ def cover(store: ActivationStore, corpora: Mapping[str, Corpus], out: Path, expe
         delta,
         dataset="seed",
         delta_rule=str(rule),
+        always_on=settings.always_on,
         n_bootstrap=settings.bootstrap,
+        eps=settings.smoothing,
         seed=experiment.seed,
     )
+    found = curves(
+        anchor,
+        seed,
+        relevant,
+        rule,
+        always_on=settings.always_on,
+        n_bootstrap=settings.bootstrap,
+        eps=settings.smoothing,
+        seed=experiment.seed,
+    )
+    write_json(out / "curves.json", curve_rows(found, store.space.model, "seed"))
     save_arrays(out / "delta.safetensors", {"delta": delta})
     report.save(out / "seed.json")
+
+
+def curve_rows(found: dict[str, list[dict[str, Any]]], model: str, dataset: str) -> list[dict[str, Any]]:
+    """Points of both curves as rows of one table."""
+    return [{"model": model, "dataset": dataset, "curve": name, **row} for name, rows in found.items() for row in rows]
 
 
 def load_delta(folder: Path) -> np.ndarray:
@@ -329,12 +351,18 @@ def datasets(
                 delta,
                 dataset=f"seed + {record['arm']} by {writer}",
                 delta_rule=report.delta_rule,
+                always_on=experiment.cover.always_on,
                 n_bootstrap=experiment.cover.bootstrap,
+                eps=experiment.cover.smoothing,
                 seed=experiment.seed,
             )
             hit = np.isin(report.missing.features, after.covered.features).sum()
             rate = float(hit / len(report.missing)) if len(report.missing) else None
-            rows.append({**after.summary(), "arm": record["arm"], "writer": writer, "missing_hit_rate": rate})
+            low, high = missing_hit_interval(
+                report.missing, chosen, delta, n_bootstrap=experiment.cover.bootstrap, seed=experiment.seed
+            )
+            hits = {"missing_hit_rate": rate, "missing_hit_rate_low": low, "missing_hit_rate_high": high}
+            rows.append({**after.summary(), "arm": record["arm"], "writer": writer, **hits})
     write_json(out / "coverage.json", rows)
     write_json(out / "datasets.json", sets)
 

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-AREAS = ("cli", "harvest", "token_align", "stitch", "topk", "corr", "assign", "ot", "align")
+AREAS = ("cli", "harvest", "token_align", "stitch", "topk", "corr", "assign", "ot", "align", "coverage")
 
 
 def main() -> None:

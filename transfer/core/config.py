@@ -56,6 +56,14 @@ class HarvestSection(Section):
     keep_residual: bool = Field(True, description="Keep the residual stream (needed by the residual map).")
     max_tokens: int = Field(512, ge=8, description="Longer texts are cut here, and counted.")
     token_budget: int = Field(8192, ge=64, description="Padded tokens a forward pass holds at most.")
+    codes: str = Field(
+        "sae",
+        pattern=r"^(sae|dense(:\d+(\.\d+)?)?)$",
+        description="sae: the SAE's own activation rule; dense[:<floor>]: every pre-activation above the floor.",
+    )
+    skip: tuple[Literal["space", "punctuation", "digits"], ...] = Field(
+        (), description="Content tokens that do not count: pieces of nothing but space, punctuation or digits."
+    )
 
 
 AlignMethod = Literal["fused", "activation", "map", "unembedding", "sinkhorn", "relative", "gromov", "crosscoder"]
@@ -84,8 +92,14 @@ class CoverSection(Section):
     """What counts as covered and as relevant."""
 
     delta: str = Field(
-        "quantile:0.5", description="quantile:<q> of each feature's own activations, or constant:<value>."
+        "quantile:0.5",
+        description="quantile:<q> or scale:<share of the 95th percentile> of each feature's own activations on the "
+        "anchor, or constant:<value>.",
     )
+    always_on: float = Field(
+        0.5, gt=0, le=1, description="Features firing on more than this share of the anchor are left out."
+    )
+    smoothing: float = Field(1e-3, gt=0, le=1, description="Weight of the uniform part in the smoothed divergences.")
     fdr: float = Field(0.1, gt=0, lt=1, description="False-discovery rate of the relevance judge.")
     min_docs: int = Field(3, ge=1, description="Anchor documents a feature must fire on.")
     bootstrap: int = Field(200, ge=10)

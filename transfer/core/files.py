@@ -154,6 +154,35 @@ def array_shape(path: Path, name: str) -> tuple[int, ...]:
         return tuple(file.get_slice(name).get_shape())
 
 
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U16": "<u2", "U8": "|u1"}
+
+
+def map_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of one safetensors file as read-only maps: a page is read when it is used and is the system's to drop.
+
+    Raises:
+        TransferError: When it is missing or damaged, or holds a type that numpy lacks.
+    """
+    from safetensors import safe_open
+
+    # The library checks header and sizes; it maps the file too, but hands out copies.
+    with _readable(path), safe_open(path, "np"):
+        pass
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    if other := {entry["dtype"] for entry in header.values()} - set(_TYPES):
+        raise TransferError(f"{path} holds arrays of type {', '.join(sorted(other))}, which cannot be mapped.")
+    found = {}
+    for name, entry in header.items():
+        kind, shape, (first, stop) = _TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        found[name] = (
+            np.asarray(np.memmap(path, kind, "r", 8 + length + first, shape)) if stop > first else np.zeros(shape, kind)
+        )
+    return found
+
+
 def save_csr(path: Path, matrix: sp.csr_matrix) -> None:
     """A sparse matrix as safetensors, atomically."""
     matrix = sp.csr_matrix(matrix)

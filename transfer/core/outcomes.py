@@ -36,6 +36,21 @@ class CoverageReport:
     n_docs: int
     kl: float
     """Smoothed surrogate KL(P_F || Q_F), Eq. 47 of arXiv 2602.10388."""
+    kl_frequency: float | None = None
+    """Smoothed KL(P_Z || Q_Z) over features by how often each is activated."""
+    fac_frequency: float | None = None
+    """Mean over F(P) of min(1, share of the data's documents that activate i / share of the anchor's)."""
+    fac_magnitude: float | None = None
+    """The same of the mean activation above the threshold (0 where below), over all documents."""
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    """Lower and upper bound of every number but ``fac``, whose are ``ci_low`` and ``ci_high``."""
+    n_dead: int = 0
+    """Features left out of F because no document fires them."""
+    n_always_on: int = 0
+    """Features left out of F because more than ``always_on`` of the anchor's documents fire them."""
+    always_on: float | None = None
+    costs: tuple[dict[str, Any], ...] = ()
+    """The features that cost most of ``kl_frequency``, with what each adds to it and to ``kl``."""
 
     def summary(self) -> dict[str, Any]:
         """The numbers of ``results.json``."""
@@ -53,6 +68,18 @@ class CoverageReport:
             "n_docs": self.n_docs,
             "delta_rule": self.delta_rule,
             "kl": self.kl,
+            "kl_frequency": self.kl_frequency,
+            "fac_frequency": self.fac_frequency,
+            "fac_magnitude": self.fac_magnitude,
+            "n_dead": self.n_dead,
+            "n_always_on": self.n_always_on,
+            "always_on": self.always_on,
+            **{
+                f"{name}_{end}": v
+                for name, ci in self.intervals.items()
+                for end, v in zip(("low", "high"), ci, strict=True)
+            },
+            "costs": list(self.costs),
         }
 
     def save(self, path: Path) -> None:
@@ -72,6 +99,7 @@ class CoverageReport:
         data["space"] = FeatureSpace(**data["space"])
         for name in ("relevant", "anchor_features", "covered", "missing"):
             data[name] = FeatureSet.from_dict(data[name])
+        data["costs"] = tuple(data["costs"])
         return cls(**data)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from transfer.core.errors import TransferError
-from transfer.core.files import array_shape, load_arrays, load_rows, read_json
+from transfer.core.files import array_shape, load_arrays, load_rows, map_arrays, read_json
 from transfer.core.keys import SCHEMA
 from transfer.core.rows import Rows, chosen
 from transfer.core.space import FeatureSpace
@@ -31,6 +31,14 @@ def csr(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> sp.csr_matrix:
     if len(columns) and not 0 <= columns.min() <= columns.max() < shape[1]:
         raise ValueError(f"it names columns outside 0..{shape[1] - 1}")
     return sp.csr_matrix((arrays["values"], arrays["indices"], arrays["indptr"]), shape=shape, copy=False)
+
+
+def _rows(matrix: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
+    """Consecutive rows, without a copy of their codes."""
+    low, high = matrix.indptr[start], matrix.indptr[stop]
+    shape = (stop - start, matrix.get_shape()[1])
+    bounds = (matrix.indptr[start : stop + 1] - low).astype(np.int32)
+    return sp.csr_matrix((matrix.data[low:high], matrix.indices[low:high], bounds), shape=shape, copy=False)
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,40 @@ class ActivationStore:
     def docs(self) -> sp.csr_matrix:
         """Max over tokens, float32 CSR [docs, n_features]."""
         return self._matrix("docs", "values", len(self.doc_ids))
+
+    def doc_blocks(self, nnz: int = 1 << 22) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """``docs`` block by block, for stores larger than memory: first row, and CSR [rows, n_features].
+
+        Shards are mapped. Small ones are joined (copied, 8 bytes a code), large ones cut, so that each block but the
+        last holds between a half and one and a half times ``nnz`` codes, or one document where that is larger.
+
+        Raises:
+            TransferError: When a file is missing or damaged.
+        """
+        waiting: list[sp.csr_matrix] = []
+        first = done = 0
+        for i in range(self.shards):
+            path = self.path / f"docs-{i:05d}.safetensors"
+            try:
+                arrays = map_arrays(path)
+                shard = csr(arrays, (len(arrays["indptr"]) - 1, self.space.n_features))
+            except (KeyError, ValueError) as error:
+                raise self._damaged(f"{path.name} is no matrix ({error})") from None
+            rows = len(shard.indptr) - 1
+            done += rows
+            cuts = np.searchsorted(shard.indptr, np.arange(1, shard.nnz // nnz + 1) * nnz, side="right") - 1
+            bounds = np.unique([0, *np.maximum(cuts, 1), rows])
+            for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+                waiting.append(_rows(shard, int(start), int(stop)))
+                if sum(part.nnz for part in waiting) >= nnz // 2:
+                    block = waiting[0] if len(waiting) == 1 else sp.csr_matrix(sp.vstack(waiting, format="csr"))
+                    yield first, block
+                    first += len(block.indptr) - 1
+                    waiting = []
+        if done != len(self.doc_ids):
+            raise self._damaged(f"it holds {done} rows of docs, not {len(self.doc_ids)}")
+        if waiting:
+            yield first, sp.csr_matrix(sp.vstack(waiting, format="csr"))
 
     @cached_property
     def peaks(self) -> sp.csr_matrix:
