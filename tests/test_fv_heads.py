@@ -22,7 +22,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def tiny_language(name: str, folder: Path, seed: int = 0) -> LanguageModel:
-    """A random model with a tokenizer of its family's style; qwen3 and mistral have heads that do not fill the width."""
+    """A random model with a tokenizer of its style; heads of qwen3 and mistral do not fill the width."""
     import dataclasses
 
     from transformers import AutoModelForCausalLM, Qwen2Config

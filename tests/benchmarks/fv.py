@@ -13,7 +13,7 @@ from transfer.function_vectors.prompts import Prompt
 
 
 def naive_indirect_effects(language: LanguageModel, prompts: list[Prompt], mean: Tensor) -> np.ndarray:
-    """The published procedure: one whole forward pass for every head of every prompt; float64 [prompts, layers, heads]."""
+    """The published procedure: one forward pass for every head of every prompt; float64 [prompts, layers, heads]."""
     n_layers, n_heads, width = shape_of(language)
     found = np.zeros((len(prompts), n_layers, n_heads))
     for i, prompt in enumerate(prompts):

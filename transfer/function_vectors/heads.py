@@ -83,7 +83,7 @@ def mean_outputs(language: LanguageModel, prompts: list[Prompt], token_budget: i
 
 
 def residual_deltas(language: LanguageModel, outputs: Tensor) -> Tensor:
-    """What head outputs add to the residual stream, without the mixing map's bias: float32 or float64 [layers, d_model].
+    """What head outputs add to the residual stream, without the mixing map's bias; at least float32, [layers, d_model].
 
     Args:
         language: The model.

@@ -7,18 +7,20 @@ import string
 
 from transfer.function_vectors.tasks import Pair, Task
 
-WORDS = tuple(
-    (
-        "apple bread chair dance eagle field glass house island jacket kettle lemon mirror number ocean paper "
-        "queen river stone table uncle violin window yellow zebra anchor basket candle desert engine forest garden "
-        "hammer insect jungle kitchen ladder market needle orange pencil quarry rocket saddle tunnel umbrella valley "
-        "winter yogurt barrel cotton dragon fabric guitar harbor iron journal kingdom lantern meadow napkin oyster "
-        "pillow rabbit silver ticket unicorn village whistle"
-    ).split()
-)
+_WORDS = """
+apple bread chair dance eagle field glass house island jacket kettle lemon mirror number ocean paper
+queen river stone table uncle violin window yellow zebra anchor basket candle desert engine forest garden
+hammer insect jungle kitchen ladder market needle orange pencil quarry rocket saddle tunnel umbrella valley
+winter yogurt barrel cotton dragon fabric guitar harbor iron journal kingdom lantern meadow napkin oyster
+pillow rabbit silver ticket unicorn village whistle
+"""
+WORDS = tuple(_WORDS.split())
 IRREGULAR = {"knife": "knives", "child": "children", "mouse": "mice", "foot": "feet", "leaf": "leaves"}
-MONTHS = "January February March April May June July August September October November December".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_CYCLES = """
+January February March April May June July August September October November December
+Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+"""
+CYCLES = tuple(line.split() for line in _CYCLES.strip().splitlines())
 
 
 def rule_tasks(seed: int = 0) -> list[Task]:
@@ -33,7 +35,7 @@ def rule_tasks(seed: int = 0) -> list[Task]:
     def chosen(place: int) -> list[tuple[str, str]]:
         return [(", ".join(words), words[place]) for words in lists]
 
-    cyclic = [(cycle[i], cycle[(i + 1) % len(cycle)]) for cycle in (MONTHS, DAYS) for i in range(len(cycle))]
+    cyclic = [(cycle[i], cycle[(i + 1) % len(cycle)]) for cycle in CYCLES for i in range(len(cycle))]
     letters = string.ascii_lowercase
     following = [(a, b) for a, b in zip(letters, letters[1:], strict=False)]
     following += [(str(i), str(i + 1)) for i in range(1, 30)] + cyclic
