@@ -71,7 +71,10 @@ def lrp(language: LanguageModel) -> Iterator[None]:
     """
     import torch
 
-    weighted: Any = _weighted()
+    rule: Any = _weighted()
+
+    def weighted(value: Tensor, source: Tensor, factor: Tensor) -> Tensor:
+        return rule(value, source, factor) if torch.is_grad_enabled() else value
 
     def norm(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]
@@ -141,10 +144,9 @@ def relevance(
 ) -> tuple[np.ndarray, int]:
     """Relevance of heads for the logit of the answer's first token (Pham et al. 2026, arXiv 2606.05079).
 
-    With ``keys`` a head's score is Σ_{k in K} max(0, A[T, k] · R'[T, k]) over a token set K, A the attention of the last
-    token T and R' the gradient under LRP, as in the paper, whose K are words listed by hand; here K is any token set by
-    rule (``instruction``, ``all_but_bos``, ...). Without, it is ⟨z, R'_z⟩, which is the same sum over all keys
-    without the clamp.
+    With ``keys`` a head's score is Σ_{k in K} max(0, A[T, k] · G[T, k]) over a token set K, A the attention of the last
+    token T and G its gradient under LRP, as in the paper, whose K are words listed by hand; here K is any token set by
+    rule (``instruction``, ``all_but_bos``, ...). Without, it is ⟨z, G_z⟩, the same sum over all keys, not clamped.
 
     Args:
         language: The model.
