@@ -21,7 +21,7 @@ from transfer.function_vectors.tasks import read_tasks
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def tiny_language(name: str, folder: Path, seed: int = 0) -> LanguageModel:
+def tiny_language(name: str, folder: Path, seed: int = 0, window: int | None = None) -> LanguageModel:
     """A random model with a tokenizer of its style; heads of qwen3 and mistral do not fill the width."""
     import dataclasses
 
@@ -38,6 +38,8 @@ def tiny_language(name: str, folder: Path, seed: int = 0) -> LanguageModel:
     tokenizer: Any = train_tokenizer(spec, SENTENCES * 4, folder)
     spec = dataclasses.replace(spec, vocab_size=len(tokenizer))
     config: Any = spec.config(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if window is not None:
+        config.sliding_window = window
     if name == "qwen2":
         shape.pop("head_dim")
         config = Qwen2Config(
@@ -85,6 +87,19 @@ def test_a_batched_aie_is_the_naive_aie(language: LanguageModel) -> None:
     np.testing.assert_allclose(fast, slow, rtol=0, atol=1e-12)
     chunked = indirect_effects(language, found.corrupted, mean, memory=1)
     np.testing.assert_allclose(chunked, slow, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("llama", "eager"), ("mistral", "sdpa"), ("mistral", "eager")])
+def test_a_holds_with_eager_attention_and_with_a_sliding_window(name: str, attention: str, tmp_path: Path) -> None:
+    language = tiny_language(name, tmp_path / name, window=12 if name == "mistral" else None)
+    language.model.set_attn_implementation(attention)
+    found = some_prompts(language, n=2)
+    assert len(found.corrupted[0].ids) > 24
+    mean = mean_outputs(language, found.clean)
+    slow = naive_indirect_effects(language, found.corrupted, mean)
+    # Eager attention takes its softmax in float32.
+    slack = 1e-12 if attention == "sdpa" else 5e-9
+    np.testing.assert_allclose(indirect_effects(language, found.corrupted, mean), slow, rtol=0, atol=slack)
 
 
 def test_some_heads_only(language: LanguageModel) -> None:

@@ -124,9 +124,13 @@ def test_steering_refuses_what_would_do_nothing(language: LanguageModel) -> None
     with pytest.raises(TransferError, match="1 prompt ends are given for 2 rows"):
         ids = torch.tensor([[1, 2], [3, 4]])
         final(language, ids, steered(language, vector.deltas, DISTRIBUTED, at=torch.tensor([1])))
-    for wrong in (("aggregated", 1.0, None), ("distributed", 1.0, 2), ("distributed", float("nan"), None)):
+    for wrong in (
+        dict(mode="aggregated"),
+        dict(mode="distributed", layer=2),
+        dict(mode="distributed", scale=float("nan")),
+    ):
         with pytest.raises(TransferError):
-            Plan(*wrong)
+            Plan(**wrong)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in language.model.modules())
 
 
@@ -243,7 +247,7 @@ def test_evaluation_measures_a_planted_vector(language: LanguageModel) -> None:
     for control in ("random_vector", "wrong_task", "random_heads", "moved_heads"):
         assert found.get(f"zero_shot+aggregated/{control}").value < 1
     assert found.get("shuffled_icl+distributed").n_items == 18 and found.n_test == 6
-    assert found.side_effects["aggregated"]["kl"] > 0 and found.tried == 4
+    assert found.side_effects["aggregated"]["kl"] > 0 and found.tried == {"aggregated": 4, "distributed": 4}
     json.dumps(found.record())
     clean = found.get("clean_icl").value
     assert found.get("clean_icl", items="filtered").n_items == round(18 * clean)

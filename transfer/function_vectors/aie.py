@@ -7,13 +7,16 @@ first token of the answer. The AIE is the mean over prompts.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from models.hooks import editing_input
 from transfer.core.errors import TransferError
-from transfer.function_vectors.heads import heads_edited, prefix, shape_of
+from transfer.function_vectors.heads import prefix, shape_of
 from transfer.function_vectors.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ def indirect_effects(
 
     The change is at the last token only, so keys and values of the tokens before it never change: one pass over them
     and one step with a row a head give what a forward pass a head would. Memory: ``memory`` bytes of keys and values
-    (at least one row), and rows × vocabulary in float32.
+    (at least one row beside the unchanged one), and rows × vocabulary in float32.
 
     Args:
         language: The model.
@@ -80,39 +83,20 @@ def indirect_effects(
     wrong = [pair for pair in pairs if not (0 <= pair[0] < n_layers and 0 <= pair[1] < n_heads)]
     if wrong:
         raise TransferError(f"Head {wrong[0]} does not exist: the model has {n_layers} layers of {n_heads} heads.")
-    layers, numbers = (torch.tensor(side, device=language.device) for side in zip(*pairs, strict=True))
-    values = mean.to(language.device, language.model.dtype)[layers, numbers]
+    values = mean.to(language.device, language.model.dtype)
     found = np.full((len(prompts), n_layers, n_heads), np.nan)
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt.ids], device=language.device)
         cache = prefix(language, ids)
         answer = torch.tensor(prompt.answer[:1], device=language.device)
-        with torch.inference_mode():
-            plain = _step(language, ids, copy.deepcopy(cache), answer, metric, 1)
-            step = _rows(language, len(prompt.ids), memory)
-            for begin in range(0, len(pairs), step):
-                part = slice(begin, begin + step)
-                where, which, new = layers[part], numbers[part], values[part]
-                change = _patch(where, which, new, n_heads)
-                with heads_edited(language, change):
-                    own = copy.deepcopy(cache)
-                    effect = _step(language, ids, own, answer, metric, len(where)) - plain
-                found[i, where.cpu().numpy(), which.cpu().numpy()] = effect.double().cpu().numpy()
+        step = _rows(language, len(prompt.ids), memory)
+        for begin in range(0, len(pairs), step):
+            part = pairs[begin : begin + step]
+            with torch.inference_mode():
+                effects = _changed(language, ids, copy.deepcopy(cache), answer, metric, part, values)
+            where, which = np.array(part).T
+            found[i, where, which] = (effects[1:] - effects[0]).double().cpu().numpy()
     return found
-
-
-def _patch(layers: Tensor, heads: Tensor, values: Tensor, n_heads: int):
-    """An edit of head outputs [R, 1, heads * width]: row r holds ``values[r]`` in place of its one head."""
-
-    def change(layer: int, x: Tensor) -> Tensor:
-        rows = (layers == layer).nonzero()[:, 0]
-        if not len(rows):
-            return x
-        changed = x.clone().view(len(x), n_heads, -1)
-        changed[rows, heads[rows]] = values[rows]
-        return changed.view_as(x)
-
-    return change
 
 
 def _rows(language: LanguageModel, length: int, memory: int) -> int:
@@ -122,9 +106,59 @@ def _rows(language: LanguageModel, length: int, memory: int) -> int:
     return int(min(ROWS, max(1, memory // a_row)))
 
 
-def _step(language: LanguageModel, ids: Tensor, cache, answer: Tensor, metric: Metric, rows: int) -> Tensor:
-    """The metric behind the last token, in ``rows`` copies."""
-    if rows > 1:
-        cache.batch_repeat_interleave(rows)
-    logits = language.model(input_ids=ids[:, -1:].expand(rows, 1), past_key_values=cache, use_cache=True).logits[:, -1]
+def _changed(
+    language: LanguageModel,
+    ids: Tensor,
+    cache: Any,
+    answer: Tensor,
+    metric: Metric,
+    pairs: list[tuple[int, int]],
+    values: Tensor,
+) -> Tensor:
+    """The metric behind the last token, unchanged and with each head replaced alone: [1 + heads].
+
+    Row 0 stays unchanged. Up to its own layer a changed row equals it, so a row joins there, as a copy of row 0: on
+    average half of the rows run through a layer.
+    """
+    import torch
+
+    members: dict[int, list[int]] = {}
+    for layer, head in pairs:
+        members.setdefault(layer, []).append(head)
+    layers = language.family.part(language.model, language.family.layers)
+    mixers = language.family.head_mixers(language.model)
+    with contextlib.ExitStack() as stack:
+        rows = 1
+        for layer in range(len(layers)):
+            heads = members.get(layer, [])
+            if heads:
+                which = torch.tensor(heads, device=ids.device)
+                stack.enter_context(editing_input(layers[layer], _joined(len(heads))))
+                stack.enter_context(editing_input(mixers[layer], _patched(which, values[layer, which])))
+            rows += len(heads)
+            kept = cache.layers[layer] if ids.shape[1] > 1 else None
+            if kept is not None:
+                kept.keys = kept.keys.expand(rows, -1, -1, -1)
+                kept.values = kept.values.expand(rows, -1, -1, -1)
+        logits = language.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
     return answer_metric(logits, answer.expand(rows), metric)
+
+
+def _joined(n: int) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    return lambda hidden: torch.cat([hidden, hidden[:1].expand(n, -1, -1)])
+
+
+def _patched(heads: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+    """An edit of head outputs [R, 1, heads * width]: of the last rows each holds one of ``values`` in its head."""
+    import torch
+
+    def change(x: Tensor) -> Tensor:
+        width = values.shape[1]
+        changed = x.clone().view(len(x), -1, width)
+        rows = torch.arange(len(x) - len(heads), len(x), device=x.device)
+        changed[rows, heads] = values
+        return changed.view_as(x)
+
+    return change

@@ -55,8 +55,8 @@ class FVEvaluation:
     vector: str
     seeds: tuple[int, ...]
     plans: dict[str, dict[str, Any]]
-    tried: int
-    """Validation settings tried for each mode."""
+    tried: dict[str, int]
+    """Validation settings tried, by mode."""
     estimates: tuple[Estimate, ...]
     side_effects: dict[str, dict[str, float]]
     """By mode: mean KL on unrelated texts with its interval, nats."""
@@ -153,7 +153,7 @@ def evaluate(
         vector=vector.id,
         seeds=tuple(seeds),
         plans={mode: asdict(plan) for mode, plan in tuning.plans.items()},
-        tried=len(tuning.tries) // len(tuning.plans),
+        tried={mode: sum(t.plan.mode == mode for t in tuning.tries) for mode in tuning.plans},
         estimates=tuple(_estimates(tables, draws)),
         side_effects=_side_effects(language, vector, tuning, texts or []),
         n_test=len(items),

@@ -97,7 +97,7 @@ class HeadScores:
         facts = read_record(Path(folder) / f"{_NAME}.json", "head scores")
         arrays = load_arrays(Path(folder) / f"{_NAME}.safetensors")
         facts["tasks"], facts["n_prompts"] = tuple(facts["tasks"]), tuple(facts["n_prompts"])
-        return cls(**facts, **arrays)
+        return cls(**facts, each=arrays["each"], spread=arrays["spread"])
 
 
 def read_record(path: Path, kind: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -43,6 +43,11 @@ class Recipe:
     seed: int = 0
     split_seed: int = 0
     template: Template = Template()
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Self:
+        """From what an artefact keeps of it."""
+        return cls(**{**record, "template": Template(**record["template"])})
 
 
 @dataclass(frozen=True, eq=False)

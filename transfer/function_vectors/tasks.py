@@ -89,12 +89,13 @@ def _pair(entry: Any) -> Pair | None:
     return Pair(*texts) if all(texts) else None
 
 
-def read_tasks(place: str, names: list[str] | None = None) -> list[Task]:
+def read_tasks(place: str, names: list[str] | None = None, *, instructions: Path | None = None) -> list[Task]:
     """Tasks by name: of the bundled rule-made ones (``rule``), of one file, or of all files below a folder.
 
     Args:
         place: ``rule``, a JSON file, or a folder.
         names: Only these; all when left out.
+        instructions: JSON of task name → list of ways to ask for it, for tasks from files.
 
     Raises:
         TransferError: When a place holds no tasks or lacks a name.
@@ -109,7 +110,16 @@ def read_tasks(place: str, names: list[str] | None = None) -> list[Task]:
     if not files:
         raise TransferError(f"There are no task files (*.json) at {place}.", "Name a file, a folder, or `rule`.")
     by_name = {file.stem: file for file in files}
-    return [read_task(by_name[name]) for name in _asked(by_name, names, place)]
+    words = {} if instructions is None else _read_instructions(instructions)
+    return [read_task(by_name[name], words.get(name, ())) for name in _asked(by_name, names, place)]
+
+
+def _read_instructions(path: Path) -> dict[str, tuple[str, ...]]:
+    found = read_json(path)
+    lists = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(each, list) and all(isinstance(line, str) for line in each) for each in lists):
+        raise TransferError(f"{path} does not map task names to lists of instructions.")
+    return {name: tuple(each) for name, each in found.items()}
 
 
 def _asked(known: dict[str, Any], names: list[str] | None, place: str) -> list[str]:

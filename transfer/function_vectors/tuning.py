@@ -65,10 +65,10 @@ def grid(n_layers: int, layers: list[int] | None, scales: tuple[float, ...]) -> 
     wrong = [layer for layer in layers if not 0 <= layer <= n_layers]
     if wrong or not layers:
         raise TransferError(f"Steering layers are {layers}.", f"The model has 0 (embeddings) to {n_layers}.")
-    finer = np.geomspace(min(scales), max(scales), len(layers) * len(scales)) if len(scales) > 1 else [scales[0]]
+    finer = np.geomspace(min(scales), max(scales), len(layers) * len(scales))
     return {
         "aggregated": [Plan("aggregated", scale, layer) for layer in layers for scale in scales],
-        "distributed": [Plan("distributed", float(scale)) for scale in finer],
+        "distributed": [Plan("distributed", float(scale)) for scale in dict.fromkeys(finer)],
     }
 
 

@@ -96,7 +96,8 @@ class FunctionVector:
         facts["heads"] = tuple(
             Head(h["layer"], h["head"], float("nan") if h["score"] is None else h["score"]) for h in facts["heads"]
         )
-        vector = cls(**facts, **load_arrays(Path(folder) / f"{_NAME}.safetensors"))
+        arrays = load_arrays(Path(folder) / f"{_NAME}.safetensors")
+        vector = cls(**facts, outputs=arrays["outputs"], deltas=arrays["deltas"])
         if vector.id != content:
             raise TransferError(f"The files in {folder} do not belong together.", "Build the vector again.")
         return vector
