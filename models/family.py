@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transfer.core.errors import TransferError
@@ -37,6 +37,10 @@ class Family:
     norm: str = "model.norm"
     """Final RMS norm, whose weight multiplies the residual stream before the unembedding."""
     unembedding: str = "lm_head"
+    attention: str = "self_attn"
+    """Attention, seen from a decoder layer; what it returns is added to the residual stream."""
+    head_mixer: str = "self_attn.o_proj"
+    """Linear map that mixes the heads, seen from a decoder layer; its input is the heads' outputs side by side."""
 
     def part(self, model: torch.nn.Module, path: str) -> Any:
         """The submodule at one of the paths above."""
@@ -55,6 +59,26 @@ class Family:
                 "Layers are transformers' hidden_states indices.",
             )
         return self.part(model, self.embedding) if layer == 0 else layers[layer - 1]
+
+    def attentions(self, model: torch.nn.Module) -> list[Any]:
+        """The attention module of each decoder layer."""
+        return [operator.attrgetter(self.attention)(layer) for layer in self.part(model, self.layers)]
+
+    def head_mixers(self, model: torch.nn.Module) -> list[Any]:
+        """The linear map behind the heads of each decoder layer."""
+        return [operator.attrgetter(self.head_mixer)(layer) for layer in self.part(model, self.layers)]
+
+    def heads_of(self, model: Any) -> HeadLayout:
+        """Head layout of a loaded model, with ``head_dim`` as the weights have it.
+
+        Raises:
+            TransferError: When the width behind the heads is no multiple of their number.
+        """
+        layout = self.heads(model.config)
+        width = self.head_mixers(model)[0].in_features
+        if width % layout.n_heads:
+            raise TransferError(f"{layout.n_heads} heads do not divide a width of {width} in this {self.name} model.")
+        return replace(layout, head_dim=width // layout.n_heads)
 
     def heads(self, config: Any) -> HeadLayout:
         """Head layout of a configuration; a configuration without ``head_dim`` defines it as hidden / heads."""

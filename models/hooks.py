@@ -71,6 +71,32 @@ def editing(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[Non
         raise TransferError(f"The hook on {type(module).__name__} never fired.")
 
 
+@contextlib.contextmanager
+def editing_input(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass the first input of ``module`` through ``edit`` inside the block.
+
+    ``edit`` must return a new tensor where it changes anything: writing into its argument would reach caches and
+    whatever else shares the memory.
+
+    Raises:
+        TransferError: When the block ends without the hook having fired.
+    """
+    fired = False
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal fired
+        fired = True
+        return (edit(args[0]), *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not fired:
+        raise TransferError(f"The hook on {type(module).__name__} never fired.")
+
+
 def steering(module: nn.Module, vectors: Tensor, strength: float, start: Tensor | None):
     """Add ``strength × vectors`` to the output of ``module`` inside the block.
 
