@@ -11,9 +11,10 @@ from typing import Any
 from transfer.core.errors import TransferError
 from transfer.tasks.base import Task
 from transfer.tasks.intent import Intent
+from transfer.tasks.reward import Reward
 from transfer.tasks.toxicity import Toxicity
 
-TASKS: dict[str, Task] = {t.name: t for t in (Intent(), Toxicity())}
+TASKS: dict[str, Task] = {t.name: t for t in (Intent(), Toxicity(), Reward())}
 """Every task of this package."""
 
 GROUP = "transfer.tasks"
