@@ -21,11 +21,12 @@ from transfer.tasks.reward import Reward, weighted_accuracy
 torch.set_num_threads(1)
 
 ASKED = ["How do I bake bread?", "Name a planet.", "Tell me a joke.", "What is rain?", "Help me, please."]
+ANSWERS = [("Gladly, a good answer:", "No."), ("Of course, gladly:", "No, no, no."), ("Gladly, here:", "No! Go.")]
 PAIRS = [
     Pair(f"p{i}{j}", (("user", q),), f"{good} {q}", f"{bad} {q}")
     for i, q in enumerate(ASKED)
-    for j, (good, bad) in enumerate([("Gladly, a good answer:", "No."), ("Of course, gladly:", "No, no, no."), ("Gladly, here:", "No! Go.")])
-]  # fmt: skip
+    for j, (good, bad) in enumerate(ANSWERS)
+]
 LORA = Recipe("tiny", "lora", epochs=3, lr=1e-2, batch=5, rank=4, max_tokens=96)
 HEAD = Recipe("tiny-head", "head", epochs=6, lr=3e-2, batch=5, max_tokens=96)
 
@@ -66,8 +67,11 @@ def test_layouts_say_the_same(tmp_path):
             "rejected": f"\n\nHuman: {asked}\n\nAssistant: {bad}",
         },
         {"input": asked, "output_1": bad, "output_2": good, "label": 2},
-        {"instruction": asked, "input": "", "response1": good, "response2": bad, "annotator1": 1, "annotator2": 1, "annotator3": 2},
-    ]  # fmt: skip
+        {
+            **{"instruction": asked, "input": "", "response1": good, "response2": bad},
+            **{"annotator1": 1, "annotator2": 1, "annotator3": 2},
+        },
+    ]
     for row in layouts:
         (pair,) = load_pairs(write(tmp_path / "p.jsonl", [row])).rows
         assert pair[1:4] == ((("user", asked),), good, bad), row

@@ -12,9 +12,10 @@ from transfer.core.errors import TransferError
 from transfer.tasks.base import Task
 from transfer.tasks.intent import Intent
 from transfer.tasks.reward import Reward
+from transfer.tasks.steering import Steering
 from transfer.tasks.toxicity import Toxicity
 
-TASKS: dict[str, Task] = {t.name: t for t in (Intent(), Toxicity(), Reward())}
+TASKS: dict[str, Task] = {t.name: t for t in (Intent(), Toxicity(), Reward(), Steering())}
 """Every task of this package."""
 
 GROUP = "transfer.tasks"

@@ -1,4 +1,4 @@
-"""Train a reward model on preference pairs: Bradley-Terry, LoRA or all through TRL's RewardTrainer, or the head alone."""
+"""Train a reward model on preference pairs: Bradley-Terry through TRL's RewardTrainer, or the head alone."""
 
 from __future__ import annotations
 

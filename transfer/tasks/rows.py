@@ -34,9 +34,9 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    opened = lzma.open(path, "rt", encoding="utf-8-sig", newline="\n") if path.suffix == ".xz" else None
+    unpacked = lzma.open if path.suffix == ".xz" else open
     try:
-        with opened or path.open(encoding="utf-8-sig", newline="\n") as lines:
+        with unpacked(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
