@@ -266,16 +266,23 @@ def test_long_conversations_are_cut_on_the_left_and_counted(tiny_llama):
 @pytest.mark.data
 @pytest.mark.parametrize("kind", ["lora", "head"])
 @pytest.mark.parametrize("model", ["zoo:llama", "zoo:mistral", "zoo:qwen"])
-def test_real_data(public_data, tmp_path, model, kind):
-    """HH-RLHF harmlessness, 400 pairs to train and 200 to judge; LLMBar's subsets as sections."""
+def test_real_data(public_data, tmp_path, model, kind, record_property):
+    """HH-RLHF harmlessness, 100 pairs to train and 100 to judge."""
     data = load_pairs(public_data / "preference" / "hh_harmless_test.jsonl.xz")
-    assert len(data) + sum(data.left_out.values()) == 1727
     task = Reward()
-    recipe = Recipe("brief", kind, 1, 1e-3 if kind == "lora" else 1e-2, 16, max_tokens=256)
-    fitted, run = task.fit(model, list(data.rows[:400]), recipe, 0)
-    held = Examples("held", data.rows[400:600])
-    accuracy = task.evaluate(fitted, held, tmp_path / "k.jsonl")[0]
-    assert 0 < accuracy.value < 1 and accuracy.n == 200 and run.n_examples == 400
-    bar = load_pairs(public_data / "preference" / "llmbar.jsonl")
-    assert len(bar) == 526
-    assert len(load_pairs(public_data / "preference" / "pandalm_test.jsonl")) > 500
+    recipe = Recipe("brief", kind, 1, 1e-3 if kind == "lora" else 1e-2, 8, max_tokens=128)
+    fitted, run = task.fit(model, list(data.rows[:100]), recipe, 0)
+    accuracy = task.evaluate(fitted, Examples("held", data.rows[100:200]), tmp_path / "k.jsonl")[0]
+    record_property("accuracy", f"{accuracy.value:.3f} +- {accuracy.stderr:.3f}, {run.n_truncated} cut")
+    assert 0 < accuracy.value < 1 and accuracy.n == 100 and run.n_examples == 100
+
+
+@pytest.mark.data
+def test_real_sets_load_and_say_what_was_left_out(public_data):
+    folder = public_data / "preference"
+    hh, bar, panda = (
+        load_pairs(folder / n) for n in ("hh_harmless_test.jsonl.xz", "llmbar.jsonl", "pandalm_test.jsonl")
+    )
+    assert len(hh) + sum(hh.left_out.values()) == 1727 and len(hh) > 1700
+    assert len(bar) == 526 and {p.subset for p in bar} == {"Natural", "Neighbor", "GPTInst", "MT-Bench"}
+    assert len(panda) + sum(panda.left_out.values()) == 750 and panda.left_out["tie"] > 50

@@ -107,10 +107,10 @@ def test_log_odds_are_those_of_the_plain_model_and_of_a_hand_made_hook(llama):
     vector = torch.linspace(-1, 1, llama.d_model) * 3
     plain, pushed = (log_odds(llama, asked, 2, v) for v in (torch.zeros(llama.d_model), vector))
     for row, prompt in enumerate(asked.prompts):
-        ids = torch.tensor([prompt.ids])
+        ids, last = torch.tensor([prompt.ids]), len(prompt.ids) - 1
         for found, add in ((plain, 0.0), (pushed, 1.0)):
 
-            def hook(_m, _a, out, add=add, at=len(prompt.ids) - 1):
+            def hook(_m, _a, out, add=add, at=last):
                 out = out.clone()
                 out[:, at] += add * vector
                 return out
@@ -250,7 +250,7 @@ def test_refusals(llama):
 @pytest.mark.data
 @pytest.mark.parametrize("model", ["zoo:llama", "zoo:mistral", "zoo:qwen"])
 @pytest.mark.parametrize("behaviour", ["sycophancy", "survival-instinct"])
-def test_real_data(public_data, tmp_path, model, behaviour):
+def test_real_data(public_data, tmp_path, model, behaviour, record_property):
     folder = public_data / "steering" / "caa"
     task = Steering(matching=steering_vector.BEHAVIOURS[behaviour], length=1.0)
     made, held = (task.load(str(folder / behaviour / f"{name}.json")) for name in ("generate", "test_dataset_ab"))
@@ -258,5 +258,8 @@ def test_real_data(public_data, tmp_path, model, behaviour):
     steered, _ = task.fit(model, list(made.rows[:100]), RECIPE, 0)
     fresh = Examples(held.name, tuple(c for c in held if c.key not in steered.seen))
     by = {r.metric: r for r in task.evaluate(steered, fresh, tmp_path / "k.jsonl")}
+    record_property("layer", steered.layer)
+    for name in ("scr", "log_odds_shift", "kl@1", "nll_change@1"):
+        record_property(name, f"{by[name].value:.4f} +- {by[name].stderr:.4f}")
     assert -1 <= by["scr"].value <= 1 and by["scr"].n == len(fresh) > 40
     assert by["kl@1"].value > 0

@@ -134,16 +134,17 @@ def _peft_quiet() -> Iterator[None]:
 
 
 def save_trained(
-    model: Any, run: FinetuneRun, recipe: Recipe, out: Path, more: Mapping[str, Any] | None = None
+    model: Any, run: FinetuneRun, recipe: Recipe, out: Path, more: Mapping[str, Any] | None = None, head: str = "score"
 ) -> None:
     """Write the trained part as safetensors and ``finetune.json`` into ``out``, which is replaced as a whole.
 
     Args:
-        model: A PEFT model (``lora``), or one with ``score`` (``head``), or any (``full``).
+        model: A PEFT model (``lora``), or any other.
         run: The record.
         recipe: How it was trained.
         out: Folder.
         more: Further entries of the record.
+        head: The module that a ``head`` recipe trains.
     """
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -151,10 +152,10 @@ def save_trained(
     if recipe.kind == "lora":
         model.save_pretrained(part, save_embedding_layers=False)
     else:
-        state = model.state_dict() if recipe.kind == "full" else {"weight": model.score.weight}
+        state = model.state_dict() if recipe.kind == "full" else {"weight": getattr(model, head).weight}
         # Tied weights share memory, which safetensors refuses: each is written once.
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in _untied(state).items()}
-        save_arrays(part / f"{'weights' if recipe.kind == 'full' else 'score'}.safetensors", arrays)
+        save_arrays(part / f"{'weights' if recipe.kind == 'full' else head}.safetensors", arrays)
     record = {"run": dataclasses.asdict(run), "recipe": dataclasses.asdict(recipe), **(more or {})}
     write_json(part / RECORD, record)
     shutil.rmtree(out, ignore_errors=True)
@@ -182,13 +183,14 @@ def read_record(folder: Path, base: str, base_hash: str) -> tuple[Recipe, dict[s
     return Recipe(**record["recipe"]), record
 
 
-def load_trained(fresh: Callable[[], Any], recipe: Recipe, folder: Path) -> Any:
+def load_trained(fresh: Callable[[], Any], recipe: Recipe, folder: Path, head: str = "score") -> Any:
     """The model that ``save_trained`` wrote.
 
     Args:
         fresh: Makes an untrained model of the same shape.
         recipe: From ``read_record``.
         folder: Where it is.
+        head: The module that a ``head`` recipe trains.
     """
     import torch
 
@@ -202,6 +204,7 @@ def load_trained(fresh: Callable[[], Any], recipe: Recipe, folder: Path) -> Any:
         arrays = load_arrays(Path(folder) / "weights.safetensors")
         model.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()}, strict=False)
     else:
-        weight = load_arrays(Path(folder) / "score.safetensors")["weight"]
-        model.score.weight.data = torch.from_numpy(weight).to(model.score.weight.device)
+        weight = load_arrays(Path(folder) / f"{head}.safetensors")["weight"]
+        module = getattr(model, head)
+        module.weight.data = torch.from_numpy(weight).to(module.weight.device)
     return model

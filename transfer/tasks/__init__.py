@@ -10,12 +10,13 @@ from typing import Any
 
 from transfer.core.errors import TransferError
 from transfer.tasks.base import Task
+from transfer.tasks.instruction import Instruction
 from transfer.tasks.intent import Intent
 from transfer.tasks.reward import Reward
 from transfer.tasks.steering import Steering
 from transfer.tasks.toxicity import Toxicity
 
-TASKS: dict[str, Task] = {t.name: t for t in (Intent(), Toxicity(), Reward(), Steering())}
+TASKS: dict[str, Task] = {t.name: t for t in (Intent(), Toxicity(), Reward(), Steering(), Instruction())}
 """Every task of this package."""
 
 GROUP = "transfer.tasks"

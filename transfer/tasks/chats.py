@@ -46,18 +46,29 @@ def chat_ids(tokenizer: Any, turns: Turns, answer_next: bool = False) -> list[in
     return tokenizer(written(tokenizer, turns, answer_next), add_special_tokens=False)["input_ids"]
 
 
-def answer_ids(tokenizer: Any, turns: Turns, answer: str) -> tuple[list[int], int]:
-    """A conversation with its answer, and where the answer begins.
+def answer_ids(tokenizer: Any, turns: Turns, answer: str) -> tuple[list[int], int, int]:
+    """A conversation with its answer, and where the answer stands.
 
     Template and answer are compared as tokens, since a tokenizer may merge across their border: the answer begins
     where the conversation with it leaves the conversation without it.
 
     Returns:
-        Token ids, and the position of the first one that belongs to the answer.
+        Token ids, the position of the answer's first token, and the one behind its last; what follows (end of turn)
+        is the template's.
+
+    Raises:
+        TransferError: When the template does not print the answer last.
     """
-    whole = chat_ids(tokenizer, [*turns, ("assistant", answer)])
+    text = written(tokenizer, [*turns, ("assistant", answer)])
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    whole, offsets = encoded["input_ids"], encoded["offset_mapping"]
     begun = chat_ids(tokenizer, turns, answer_next=True)
     same = 0
     while same < min(len(begun), len(whole)) and begun[same] == whole[same]:
         same += 1
-    return whole, same
+    at = text.rfind(answer.strip())
+    if at < 0:
+        raise TransferError("The chat template changes the answer.")
+    stop = at + len(answer.strip())
+    end = next((i for i, (first, _) in enumerate(offsets) if first >= stop), len(whole))
+    return whole, min(same, end), end

@@ -1,4 +1,4 @@
-"""Behaviour steering (CAA, Rimsky et al. 2024): does adding a vector make a model choose the behaviour, in any order?"""
+"""Behaviour steering (CAA, Rimsky et al. 2024): does an added vector make a model choose the behaviour?"""
 
 from __future__ import annotations
 
