@@ -282,5 +282,84 @@ def test_recipes():
         get_recipe("lora", epoch=1)
     with pytest.raises(TransferError, match="epochs is 0"):
         get_recipe("lora", epochs=0)
-    with pytest.raises(TransferError, match="kind 'full'"):
-        Recipe("x", "full", epochs=1, lr=1.0, batch=1)  # type: ignore[arg-type]
+    for wrong, words in [
+        (dict(kind="fuller"), "kind 'fuller'"),
+        (dict(schedule="step"), "schedule 'step'"),
+        (dict(dtype="float16"), "dtype 'float16'"),
+        (dict(batch=6, accumulate=4), "cannot split 6 examples into 4"),
+        (dict(kind="full", layers="upper"), "trains every weight"),
+        (dict(warmup=1.0), "dropout and warmup"),
+    ]:
+        with pytest.raises(TransferError, match=words):
+            get_recipe("lora", **wrong)
+
+
+def test_every_published_hyper_parameter():
+    """Section 6 of the paper's code: tasks, batches as per-device batch x accumulation, lengths, schedules."""
+    want = {
+        "paper-lora": dict(rank=8, alpha=16, dropout=0.1, epochs=3, lr=5e-5, batch=16, accumulate=4, max_tokens=512),
+        "paper-head": dict(epochs=15, lr=8e-5, batch=4, accumulate=4, max_tokens=512),
+        "paper-reward-lora": dict(
+            rank=16, alpha=32, dropout=0.1, epochs=1, lr=8e-5, weight_decay=0.01, batch=8, accumulate=4,
+            schedule="cosine", warmup=0.1, max_tokens=1024,
+        ),
+        "paper-reward-head": dict(epochs=5, lr=8e-5, batch=4, accumulate=4, max_tokens=1024),
+        "paper-instruction-lora": dict(rank=8, alpha=16, dropout=0.0, epochs=5, lr=1e-4, batch=16, accumulate=4),
+    }  # fmt: skip
+    for name, fields in want.items():
+        found = {f: getattr(RECIPES[name], f) for f in fields}
+        assert found == fields, name
+        assert RECIPES[name].dtype == "bfloat16"
+        assert RECIPES[name].kind == ("head" if name.endswith("head") else "lora")
+
+
+def test_full_training_moves_every_weight_and_loads_again(languages, tmp_path):
+    backbone = Backbone(languages["qwen"], "test:qwen")
+    before = weights(backbone.model)
+    recipe = replace(LORA, name="tiny-full", kind="full", lr=1e-3, dropout=0.0)
+    model, run = finetune(backbone, EXAMPLES, recipe, seed=2, out=tmp_path / "run")
+    start = backbone.fresh(2).state_dict()
+    for key, value in model.model.state_dict().items():
+        assert not torch.equal(value, start[key]), f"{key} did not train"
+    assert all(torch.equal(value, before[key]) for key, value in backbone.model.state_dict().items())
+    assert run.n_trainable == sum(p.numel() for p in model.model.parameters())
+    texts = [t for t, _ in EXAMPLES]
+    assert np.array_equal(load_classifier(backbone, tmp_path / "run").logits(texts), model.logits(texts))
+
+
+def test_accumulating_in_parts_is_the_same_step(backbone):
+    whole = finetune(backbone, EXAMPLES[:4] + EXAMPLES[-4:], replace(HEAD, batch=8), seed=1)[0]
+    parts = finetune(backbone, EXAMPLES[:4] + EXAMPLES[-4:], replace(HEAD, batch=8, accumulate=4), seed=1)[0]
+    assert torch.allclose(whole.model.score.weight, parts.model.score.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [dict(dtype="bfloat16"), dict(checkpointing=True)], ids=str)
+def test_mixed_precision_and_checkpointing_train_and_repeat(backbone, changes):
+    brief = replace(LORA, dropout=0.0, epochs=1)
+    one, two = (finetune(backbone, EXAMPLES, replace(brief, **changes), seed=4)[0].logits(BAKING) for _ in range(2))
+    plain = finetune(backbone, EXAMPLES, brief, seed=4)[0].logits(BAKING)
+    assert np.array_equal(one, two)
+    assert np.allclose(one, plain, atol=1e-4 if "checkpointing" in changes else 0.2)
+    assert np.array_equal(one, plain) == ("checkpointing" in changes)
+
+
+def test_nothing_to_train_is_refused(backbone):
+    from transfer.trainers import loss_curve
+
+    class Frozen:
+        model = backbone.model
+
+    with pytest.raises(TransferError, match="without a trainable parameter"):
+        loss_curve(Frozen(), "test:llama", LORA)
+
+
+def test_warmup_and_schedule_reach_the_trainer():
+    from transformers import TrainingArguments
+
+    from transfer.trainers import arguments
+
+    recipe = get_recipe("paper-reward-lora", dtype="float32")
+    args = TrainingArguments(**arguments(recipe, 300, 0, torch.device("cpu"), "unused"))
+    assert args.get_warmup_steps(38) == args.warmup_steps == 4  # a tenth of ceil(300 / 8) steps
+    assert args.lr_scheduler_type == "cosine"
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8

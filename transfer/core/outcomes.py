@@ -239,6 +239,8 @@ class EvalResult:
     per_example: str
     """File with one row an example."""
     extra: dict[str, float] = field(default_factory=dict)
+    template: str = ""
+    """Hash of the chat template, or of what else stood around the data; empty where the model does not say."""
 
     def __post_init__(self) -> None:
         if self.n_missing:

@@ -1,33 +1,63 @@
-"""Downstream tasks by name."""
+"""Downstream tasks by name; a user's own come from entry points or by their dotted path."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+from importlib.metadata import entry_points
 from typing import Any
 
 from transfer.core.errors import TransferError
 from transfer.tasks.base import Task
+from transfer.tasks.instruction import Instruction
 from transfer.tasks.intent import Intent
+from transfer.tasks.reward import Reward
+from transfer.tasks.steering import Steering
+from transfer.tasks.toxicity import Toxicity
 
-TASKS: dict[str, Task] = {task.name: task for task in (Intent(),)}
-"""Every task; a user adds one with ``TASKS[task.name] = task``."""
+TASKS: dict[str, Task] = {t.name: t for t in (Intent(), Toxicity(), Reward(), Steering(), Instruction())}
+"""Every task of this package."""
+
+GROUP = "transfer.tasks"
+"""Entry-point group in which installed packages announce tasks: ``name = "module:Class"``."""
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task of that name, with its options changed where given.
+    """A task, with its options changed where given.
+
+    Args:
+        name: One of ``TASKS``, the name of an entry point in ``GROUP``, or ``module:Class`` of a class that can be
+            called without arguments.
+        options: Fields of the task.
 
     Raises:
-        TransferError: For an unknown name or option, with the nearest known one.
+        TransferError: For an unknown name or option, with the nearest known one, or a class that is no task.
     """
-    if name not in TASKS:
-        raise TransferError(f"Unknown task {name!r}.", _did_you_mean(name, list(TASKS)))
-    task: Any = TASKS[name]
+    task: Any = TASKS[name] if name in TASKS else _foreign(name)
     known = [f.name for f in dataclasses.fields(task) if f.init]
     for option in options:
         if option not in known:
             raise TransferError(f"Task {name!r} has no option {option!r}.", _did_you_mean(option, known))
     return dataclasses.replace(task, **options)
+
+
+def _foreign(name: str) -> Any:
+    found = {point.name: point.value for point in entry_points(group=GROUP)}
+    path = found.get(name, name)
+    module, colon, attribute = path.partition(":")
+    if not colon:
+        raise TransferError(f"Unknown task {name!r}.", _did_you_mean(name, [*TASKS, *found]))
+    try:
+        made: Any = getattr(importlib.import_module(module), attribute)
+        task = made() if isinstance(made, type) else made
+    except (ImportError, AttributeError, TypeError) as error:
+        raise TransferError(f"Task {name!r} cannot be made from {path}: {error}.", "Write module:Class.") from None
+    if not isinstance(task, Task) or not dataclasses.is_dataclass(task):
+        raise TransferError(
+            f"{path} is no task.", "Write a frozen dataclass with the members of transfer.tasks.base.Task."
+        )
+    return task
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

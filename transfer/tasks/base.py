@@ -1,22 +1,64 @@
-"""What a task is to the grid: it makes training examples, trains and scores a model, and says what its metrics are."""
+"""What a task is to the grid: it reads data, makes training examples, trains and scores a model, names its metrics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from transfer.core.keys import digest
 from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.stats import WeightedMetric
-from transfer.core.texts import Corpus
 
 if TYPE_CHECKING:
     from transfer.finetune import Recipe
 
 Example = tuple[str, int]
-"""One training example: text and class number."""
+"""One training example of a classification: text and class number."""
+
+E = TypeVar("E", bound=tuple[Any, ...])
+"""A training example: a tuple of JSON-able values, so that it has a hash and a line in a file."""
+
+
+@dataclass(frozen=True)
+class Examples(Generic[E]):
+    """Data of a task that is not single texts: pairs, questions, demonstrations."""
+
+    name: str
+    rows: tuple[E, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the file that are no examples, counted by reason."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+    @cached_property
+    def hash(self) -> str:
+        """Content hash over the rows, order included."""
+        return digest([list(row) for row in self.rows])
+
+
+class Data(Protocol):
+    """What a task reads: a ``Corpus`` or ``Examples``."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """Content hash."""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -30,15 +72,19 @@ class Predictions:
 
 
 class Predictor(Protocol):
-    """A trained model as a task sees it."""
+    """A trained model as a classification sees it."""
 
     def predict(self, texts: list[str]) -> Predictions:
         """Class probabilities, one row a text."""
         ...
 
 
+D = TypeVar("D", bound=Data, contravariant=True)
+X = TypeVar("X", bound=tuple[Any, ...])
+
+
 @runtime_checkable
-class Task(Protocol):
+class Task(Protocol[D, X]):
     """One downstream task; a frozen dataclass, so that it travels to worker processes and into content keys."""
 
     @property
@@ -51,18 +97,28 @@ class Task(Protocol):
         """Metric names, the headline first; higher is better for all of them."""
         ...
 
-    def examples(self, corpus: Corpus) -> list[Example]:
-        """Training examples from labelled texts."""
+    def load(self, ref: str) -> Any:
+        """Training or evaluation data from a file."""
         ...
 
-    def fit(self, base: Any, examples: list[Example], recipe: Recipe, seed: int) -> tuple[Any, FinetuneRun]:
+    def examples(self, corpus: D) -> list[X]:
+        """Training examples from data."""
+        ...
+
+    def fit(self, base: Any, examples: list[X], recipe: Recipe, seed: int) -> tuple[Any, FinetuneRun]:
         """Train one model."""
         ...
 
-    def evaluate(self, model: Any, corpus: Corpus, out_file: Path) -> list[EvalResult]:
-        """Every metric on an evaluation corpus; one line an example goes to ``out_file``."""
+    def evaluate(self, model: Any, corpus: D, out_file: Path) -> list[EvalResult]:
+        """Every metric on evaluation data; one line an example goes to ``out_file``."""
         ...
 
     def weighted(self, metric: str) -> WeightedMetric | None:
         """The metric under example weights, for bootstraps; None where it has no such form."""
         ...
+
+
+def template_hash(tokenizer: Any) -> str:
+    """Which words a model saw around the data: the hash of its chat template; ``plain`` without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return digest(str(template)) if template else "plain"

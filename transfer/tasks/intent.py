@@ -15,7 +15,7 @@ from transfer.core.files import replacing
 from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.stats import WeightedMetric, bootstrap_stderr
 from transfer.core.texts import Corpus
-from transfer.tasks.base import Example, Predictor
+from transfer.tasks.base import Example, Predictor, template_hash
 
 if TYPE_CHECKING:
     from transfer.finetune import Recipe
@@ -38,6 +38,12 @@ class Intent:
     """Bootstrap draws behind each standard error (Efron and Tibshirani 1993, Sec. 6.4: 200 are enough for one)."""
     name: str = field(default="intent", init=False)
     metrics: tuple[str, ...] = field(default=("auprc", "auroc"), init=False)
+
+    def load(self, ref: str) -> Corpus:
+        """A labelled corpus; see ``transfer.corpus.load_corpus``."""
+        from transfer.corpus import load_corpus
+
+        return load_corpus(ref)
 
     def examples(self, corpus: Corpus) -> list[Example]:
         """(text, 0 or 1) of every text; a corpus of one class only is fine here.
@@ -105,10 +111,13 @@ class Intent:
             "n_unseen": float(rows.sum()),
             "n_unseen_positive": float(labels[rows].sum()),
         }
-        results = [self._result(m, labels, scores, out_file, extra) for m in self.metrics]
+        language = getattr(getattr(model, "backbone", None), "language", None)
+        template = template_hash(language.tokenizer) if language is not None else ""
+        results = [self._result(m, labels, scores, out_file, extra, template) for m in self.metrics]
         if 0 < labels[rows].sum() < rows.sum():
             prevalence = {"prevalence": float(labels[rows].mean())}
-            results += [self._result(m, labels[rows], scores[rows], out_file, prevalence, UNSEEN) for m in self.metrics]
+            shown = labels[rows], scores[rows], out_file, prevalence, template
+            results += [self._result(m, *shown, UNSEEN) for m in self.metrics]
         return results
 
     def _result(
@@ -118,6 +127,7 @@ class Intent:
         scores: np.ndarray,
         out_file: Path,
         extra: dict[str, float],
+        template: str,
         suffix: str = "",
     ) -> EvalResult:
         from sklearn.metrics import average_precision_score, roc_auc_score
@@ -132,6 +142,7 @@ class Intent:
             n_missing=0,
             per_example=out_file.name,
             extra=extra,
+            template=template,
         )
 
     def weighted(self, metric: str) -> WeightedMetric | None:
