@@ -105,38 +105,48 @@ class Usage:
 
 
 class DryRun:
-    """Shows prompts and answers nothing, so that a run can be looked at before it is paid for.
+    """Shows prompts and asks nobody, so that a run can be looked at before it is paid for.
 
     Args:
         name: Of the model that stands behind the dry run.
-        n: Prompts shown, in the order asked.
+        n: Prompts shown of each kind (of each system turn), in the order asked.
         show: Takes the text of each.
         prices: Currency per million tokens read and written, for the estimate.
+        answer: What is answered, so that requests that depend on answers are reached; refused when empty.
     """
 
     def __init__(
-        self, name: str, n: int, show: Callable[[str], None], prices: tuple[float, float] = (0.0, 0.0)
+        self,
+        name: str,
+        n: int,
+        show: Callable[[str], None],
+        prices: tuple[float, float] = (0.0, 0.0),
+        answer: str = "",
     ) -> None:
         self.name = name
         self.n = n
         self.show = show
         self.prices = prices
+        self.answer = answer
         self.n_requests = 0
         self.n_prompt = 0
         self.n_written = 0
+        self._shown: dict[str, int] = {}
 
     def complete(self, chats: list[Chat]) -> list[Answer]:
-        """Empty answers; see ``ChatModel``."""
+        """The same answer to all; see ``ChatModel``."""
         for chat in chats:
-            if self.n_requests < self.n:
-                self.show(f"--- request {self.n_requests + 1} to {self.name}\n{chat.preview()}")
+            kind = chat.messages[0][1] if chat.messages[0][0] == "system" else ""
             self.n_requests += 1
+            if self._shown.setdefault(kind, 0) < self.n:
+                self._shown[kind] += 1
+                self.show(f"--- request {self.n_requests} to {self.name}\n{chat.preview()}")
             self.n_prompt += chat.bound()
             self.n_written += chat.max_tokens
-        return [Answer("", 0, 0, "refused") for _ in chats]
+        return [Answer(self.answer, 0, 0, "stop" if self.answer else "refused") for _ in chats]
 
     def estimate(self) -> dict[str, int | float]:
-        """Requests seen so far and the most they can cost; requests that depend on answers are counted once each."""
+        """Requests seen so far and the most they can cost; reminders of unreadable answers are not among them."""
         cost = (self.n_prompt * self.prices[0] + self.n_written * self.prices[1]) / 1e6
         return {"requests": self.n_requests, "most_prompt": self.n_prompt, "most_written": self.n_written, "cost": cost}
 

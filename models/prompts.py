@@ -128,3 +128,6 @@ FUZZ = PromptText(
     line="Right",
     allowed="<the numbers, separated by commas, or none>",
 )
+
+REHEARSAL = "Concept: (the description)\nFit: Maybe\nRelevant: Maybe\nActive: none\nRight: none"
+"""Answers every kind of request, so that a dry run reaches the requests that depend on earlier answers."""

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +21,8 @@ from models.budget import Budget
 from models.cache import AnswerCache
 from models.chat import Chat, DryRun
 from models.endpoint import Endpoint
+from models.language import LanguageModel
+from models.local_chat import LocalChat
 from transfer.core.errors import StageError, TransferError
 
 Reply = tuple[int, dict[str, str], bytes]
@@ -323,3 +328,79 @@ def test_two_processes_share_a_cache(tmp_path: Path) -> None:
         two.put("m", chat, Answer("y", 1, 1), "run")
         assert one.get("m", chat) == Answer("y", 1, 1, cached=True) and one.spent("m", "run") == (4, 5)
         assert one.get("other", chat) is None and one.spent("m", "else") == (0, 0)
+
+
+ZOO = Path(__file__).resolve().parents[1] / "models" / "zoo" / "llama"
+
+
+@contextmanager
+def real_server(port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``transformers serve`` with a zoo model, ready to answer."""
+    import httpx
+
+    program = Path(sys.executable).with_name("transformers")
+    command = [program, "serve", ZOO, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", port]
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            [str(c) for c in command], stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+        try:
+            with httpx.Client(trust_env=False) as client:
+                for _ in range(240):
+                    assert server.poll() is None, log.read_text("utf8")[-2000:]
+                    try:
+                        if client.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                            break
+                    except httpx.TransportError:
+                        time.sleep(0.25)
+                else:
+                    raise AssertionError(log.read_text("utf8")[-2000:])
+            yield server
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.mark.slow
+def test_a_real_server_that_dies_mid_run_loses_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    asked = [Chat((("user", f"Tell me about {w}."),), max_tokens=24) for w in ("bread", "rain", "dogs", "tea", "cars")]
+    asked += [Chat((("user", f"Count from {i} to ten."),), max_tokens=24) for i in range(19)]
+    with AnswerCache(tmp_path / "answers.sqlite") as cache:
+        first = Endpoint(url, str(ZOO), cache=cache, concurrency=3, retries=1, account="run")
+        with real_server(port, tmp_path / "one.log") as server:
+
+            def kill() -> None:
+                while len(cache) < 6:
+                    time.sleep(0.01)
+                server.kill()
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            with pytest.raises(StageError, match=r"of 24 requests were answered and kept") as caught:
+                first.complete(asked)
+            killer.join()
+        kept = len(cache)
+        assert 6 <= kept < 24 and f"{kept} of 24" in str(caught.value)
+        assert first.usage.n_answered == kept
+        second = Endpoint(url, str(ZOO), cache=cache, concurrency=3, account="run")
+        with real_server(port, tmp_path / "two.log"):
+            answers = second.complete(asked)
+        # The counts add up: everything was answered once, and both runs together paid for all of it.
+        assert second.usage.n_cached == kept and second.usage.n_answered == 24 - kept and len(cache) == 24
+        paid = [sum(a.n_prompt for a in answers), sum(a.n_written for a in answers)]
+        assert first.usage.n_prompt + second.usage.n_prompt == paid[0]
+        assert first.usage.n_written + second.usage.n_written == paid[1]
+        assert sum(cache.spent(second.name, "run")) == sum(paid) + first.usage.n_lost
+    local = LocalChat(LanguageModel.load("zoo:llama")).complete(asked)
+    # The same model by its own template gives the same words (rounding may turn a near tie).
+    assert sum(a.text.strip() == b.text for a, b in zip(answers, local, strict=True)) >= 22, [
+        (a.text, b.text) for a, b in zip(answers, local, strict=True) if a.text.strip() != b.text
+    ]
+    assert [a.n_prompt for a in answers] == [a.n_prompt for a in local]
