@@ -61,7 +61,7 @@ def test_planted_features_are_found_by_every_test(test: str, null: str) -> None:
     assert by_id[0] == ("harmful", "label harmful") and by_id[1] == ("benign", "label benign")
     assert by_id[2][1] == "topic t3" and 3 not in by_id and 4 not in by_id
     assert len(by_id) <= 3 + 4
-    assert null in found.judge or f"20 {null}s" in found.judge
+    assert f"{null} null" in found.judge
 
 
 def test_a_graded_feature_is_seen_by_its_strength_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ STRATA = 10
 """Groups of features of like support that share one permutation null."""
 TAIL = 100
 """Largest values of a permutation null that its tail is read from."""
+LEAST_NULL = 1000
+"""Values of a permutation null; few features are drawn more often to reach them."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def associate_auroc(
         null: ``analytic``: normal with tie and continuity correction (poor for rare features); ``permutation``: the
             same statistic after moving the documents' facets, pooled over ``n_null`` draws and the features of like
             support, with an exponential tail beyond the draws.
-        n_null: Draws.
+        n_null: Draws at least; few features are drawn more often.
         seed: Of the draws.
 
     Returns:
@@ -139,7 +142,7 @@ def associate_auroc(
         support = np.diff(ranks.indptr)
         draws = (
             np.divide(excess(moved) - 0.5, sd, out=np.zeros_like(over), where=sd > 0)
-            for moved in _moved(members, null, n_null, seed)
+            for moved in _moved(members, null, _draws(n_null, int(tested.sum())), seed)
         )
         p = _pooled(z, draws, support, tested)
     p = np.where((over > 0) & tested[:, None], p, 1.0)
@@ -198,7 +201,7 @@ def associate_information(
         else:
             draws = (
                 _information(_counts(part, moved)[0], support, n_members)[:, None]
-                for moved in _moved(members, null, n_null, seed)
+                for moved in _moved(members, null, _draws(n_null, int(tested.sum())), seed)
             )
             p = _pooled(found[:, None], draws, support, tested)[:, 0]
         lift = hits / np.maximum(n_members, 1)
@@ -287,8 +290,8 @@ def _by_column(pattern: sp.csc_matrix, inside: np.ndarray, values: np.ndarray) -
 
 def _moved(members: np.ndarray, null: str, n_null: int, seed: int) -> Iterator[np.ndarray]:
     """The facets of the documents moved at random, ``n_null`` times; facets of a document move together."""
-    if null not in NULLS or n_null < 1:
-        raise TransferError(f"A null is one of {', '.join(NULLS)} with at least one draw, not {null!r}, {n_null}.")
+    if null not in NULLS:
+        raise TransferError(f"A null is one of {', '.join(NULLS)}, not {null!r}.")
     rng = np.random.default_rng(seed)
     return (members[rng.permutation(len(members))] for _ in range(n_null))
 
@@ -301,7 +304,7 @@ def _pooled(found: np.ndarray, draws: Iterable[np.ndarray], support: np.ndarray,
         return p
     # Equal support, equal stratum: the null of a rank or count statistic hangs on it.
     values, counts = np.unique(support[rows], return_counts=True)
-    edges = np.cumsum(counts) * STRATA // (len(rows) + 1)
+    edges = np.cumsum(counts) * _strata(len(rows)) // (len(rows) + 1)
     stratum = edges[np.searchsorted(values, support[rows])]
     null = np.stack([d[rows] for d in draws])
     for s in np.unique(stratum):
@@ -309,6 +312,16 @@ def _pooled(found: np.ndarray, draws: Iterable[np.ndarray], support: np.ndarray,
         for facet in range(found.shape[1]):
             p[rows[mine], facet] = _tail(found[rows[mine], facet], np.sort(null[:, mine, facet].ravel()))
     return p
+
+
+def _strata(n: int) -> int:
+    """Groups of ``n`` features; few features share one."""
+    return min(STRATA, max(1, n // 50))
+
+
+def _draws(n_null: int, n: int) -> int:
+    """Draws that give each group of ``n`` features a null of ``LEAST_NULL`` values at least."""
+    return max(n_null, math.ceil(LEAST_NULL * _strata(n) / max(n, 1)))
 
 
 def _tail(found: np.ndarray, pool: np.ndarray) -> np.ndarray:
@@ -330,4 +343,4 @@ def _tail(found: np.ndarray, pool: np.ndarray) -> np.ndarray:
 
 
 def _named(test: str, null: str, n_null: int) -> str:
-    return f"{test}, {f'{n_null} permutations' if null == 'permutation' else 'analytic'}"
+    return f"{test}, {null} null" + (f" of {n_null} draws" if null == "permutation" else "")

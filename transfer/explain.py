@@ -1,20 +1,265 @@
-"""What a feature is about, and whether it matters for a task."""
+"""What features are about and whether they matter: shown texts, a judge, and a score on texts that nobody was shown."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from models.detector import ChatReader
+from models.judges import Case, Judge, Judged
+from models.rubric import Rubric
 from transfer.associations import associate, false_discovery
+from transfer.core.config import JudgeSection
+from transfer.core.errors import TransferError
+from transfer.core.files import plain, replacing, write_json
+from transfer.core.keys import SCHEMA, digest
+from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.span import Span
+from transfer.core.store import ActivationStore
+from transfer.core.texts import Corpus
+from transfer.detection import ChatDetection, WordDetection, chat_detection, description_terms, word_detection
 from transfer.relevance import judge_relevance, majority_labels
-from transfer.spans import top_spans
+from transfer.spans import Spans, top_spans
 from transfer.words import WordCounts, describe
 
 __all__ = [
+    "Explained",
+    "Material",
     "Span",
     "WordCounts",
     "associate",
     "describe",
+    "explain",
     "false_discovery",
     "judge_relevance",
     "majority_labels",
     "top_spans",
 ]
+
+NEAR = 0.7
+"""Word-trigram Jaccard from which two texts count as one when examples are shown."""
+
+
+class Material:
+    """The texts of one model's store in two parts: those that explanations may see, and those they are scored on.
+
+    Texts that are equal up to case and white space lie in the same part.
+
+    Args:
+        store: Activations.
+        corpus: Texts of the store; never the evaluation split.
+        fraction: About this share may be seen.
+        seed: Of the parts and of everything drawn from them.
+
+    Raises:
+        TransferError: When a part is empty.
+    """
+
+    def __init__(self, store: ActivationStore, corpus: Corpus, *, fraction: float = 0.6, seed: int = 0) -> None:
+        self.store = store
+        self.seed = seed
+        seen = {t.id for t in corpus if _share(t.text, seed) < fraction}
+        self.shown = corpus.where(f"{corpus.name}/shown", lambda t: t.id in seen)
+        self.heldout = corpus.where(f"{corpus.name}/held out", lambda t: t.id not in seen)
+        if not len(self.shown) or not len(self.heldout):
+            raise TransferError(
+                f"{len(corpus)} texts are too few to show some and score on others.", "Harvest more texts."
+            )
+
+    @cached_property
+    def background(self) -> WordCounts:
+        """Words and pairs of the shown texts."""
+        return WordCounts((t.text for t in self.shown), pairs=True)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """Examples from the shown texts."""
+        return Spans(self.store, self.shown, near=NEAR)
+
+    @cached_property
+    def scored(self) -> Spans:
+        """Examples from the held-out texts."""
+        return Spans(self.store, self.heldout, near=NEAR)
+
+    @cached_property
+    def heldout_docs(self) -> sp.csr_matrix:
+        """Max over tokens of the held-out texts, in their order."""
+        return self.store.docs[self.store.rows([t.id for t in self.heldout])]
+
+    def cases(
+        self, features: Sequence[int], settings: JudgeSection, promotes: Mapping[int, Sequence[str]] | None = None
+    ) -> tuple[list[Case], list[int]]:
+        """What judges see of each feature, and the features that fire on no shown text.
+
+        Half of the examples are the strongest, half are drawn from all strata of the feature's activation.
+        """
+        n_top = (settings.spans + 1) // 2
+        top = self.spans.top(features, n_top)
+        more = self.spans.stratified(features, strata=settings.spans - n_top or 1, per_stratum=2, seed=self.seed)
+        quiet = self.spans.silent(features, settings.silent, seed=self.seed) if settings.silent else {}
+        cases, silent = [], []
+        for feature in features:
+            if not top[feature]:
+                silent.append(feature)
+                continue
+            shown = list(top[feature])
+            ids = {s.doc_id for s in shown}
+            strata = [s for s in more[feature] if s.doc_id not in ids]
+            # One of each stratum first, the second ones where a stratum's first is among the top already.
+            extra = (strata[::2] + strata[1::2])[: settings.spans - len(shown)]
+            spans = sorted([*shown, *extra], key=lambda s: -s.value)
+            words = tuple((promotes or {}).get(feature, ()))
+            cases.append(Case(feature, tuple(spans), tuple(quiet.get(feature, ())), words))
+        return cases, silent
+
+
+def _share(text: str, seed: int) -> float:
+    """A number in [0, 1) that hangs on the words of a text alone."""
+    return int(digest([seed, " ".join(text.casefold().split())], 8), 16) / 16**8
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Features of one space, explained, judged and scored."""
+
+    space: FeatureSpace
+    judged: Judged
+    cases: tuple[Case, ...]
+    words: WordDetection
+    chats: tuple[ChatDetection, ...]
+    """Detection and fuzzing by a language model, where one judged."""
+    silent: tuple[int, ...]
+    """Features that fire on no shown text and so were not judged."""
+    threshold: str
+
+    def features(self) -> FeatureSet:
+        """The judged features at or above the threshold, with descriptions; ``judge`` names all hashes."""
+        kept = sorted(self.judged.relevant(self.threshold), key=lambda v: v.feature)
+        scores = np.array([v.score for v in kept], dtype=np.float64) if all(v.score is not None for v in kept) else None
+        return FeatureSet(
+            space=self.space,
+            features=np.array([v.feature for v in kept], dtype=np.int64),
+            why=(
+                f"label and fit {self.threshold} or better for {self.judged.rubric}, of {len(self.judged.verdicts)} "
+                f"judged, {len(self.silent)} silent"
+            ),
+            judge=f"{self.judged.judge} by {self.judged.rubric}",
+            labels=tuple(v.label for v in kept),
+            scores=scores,
+            descriptions=tuple(v.description for v in kept),
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON-able record a feature, in the order judged."""
+        own = dict(zip(self.words.features.tolist(), zip(self.words.own, self.words.other, strict=True), strict=True))
+        rows = []
+        for case, verdict in zip(self.cases, self.judged.verdicts, strict=True):
+            row: dict[str, Any] = {
+                "space": self.space.id,
+                "judge": self.judged.judge,
+                "rubric": self.judged.rubric,
+                **dataclasses.asdict(verdict),
+                "relevant": verdict.relevant(self.threshold),
+                "promotes": list(case.promotes),
+                "words_auroc": None,
+                "spans": [
+                    {"doc": s.doc_id, "text": s.marked(), "value": s.value, "quantile": s.quantile} for s in case.spans
+                ],
+            }
+            if case.feature in own:
+                mine, theirs = own[case.feature]
+                row["words_auroc"] = {**dataclasses.asdict(mine), "control": theirs.value}
+            for chat in self.chats:
+                row[chat.kind] = {"own": chat.own.get(case.feature), "control": chat.other.get(case.feature)}
+            rows.append(row)
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and means; no text."""
+        labels: dict[str, int] = {}
+        fits: dict[str, int] = {}
+        for v in self.judged.verdicts:
+            labels[v.label] = labels.get(v.label, 0) + 1
+            fits[v.fit] = fits.get(v.fit, 0) + 1
+        return {
+            "schema": SCHEMA,
+            "model": self.space.model,
+            "space": self.space.id,
+            "judge": self.judged.judge,
+            "rubric": self.judged.rubric,
+            "threshold": self.threshold,
+            "n_judged": len(self.judged.verdicts),
+            "n_silent": len(self.silent),
+            "n_relevant": len(self.judged.relevant(self.threshold)),
+            "labels": labels,
+            "fits": fits,
+            "counts": self.judged.counts,
+            "words": self.words.summary(),
+            **{chat.kind: chat.summary() for chat in self.chats},
+        }
+
+    def save(self, path: Path) -> None:
+        """``<path>.jsonl`` with one feature a line, then ``<path>.json`` with the summary; each is replaced whole."""
+        lines = [json.dumps(plain(row), sort_keys=True, ensure_ascii=False) for row in self.rows()]
+        with replacing(path.with_name(path.name + ".jsonl")) as part:
+            part.write_text("".join(f"{line}\n" for line in lines), "utf8")
+        write_json(path.with_name(path.name + ".json"), self.summary())
+
+
+def explain(
+    material: Material,
+    features: Sequence[int],
+    judge: Judge,
+    rubric: Rubric,
+    settings: JudgeSection,
+    *,
+    promotes: Mapping[int, Sequence[str]] | None = None,
+    reader: ChatReader | None = None,
+) -> Explained:
+    """Explain and judge features on the shown texts, and score every explanation on the held-out ones.
+
+    Args:
+        material: Both parts.
+        features: Ids.
+        judge: Who explains and judges.
+        rubric: The task.
+        settings: How much is shown and asked.
+        promotes: Tokens that each feature's direction makes likelier; see ``models.lens``.
+        reader: A language model that also takes detection and fuzzing quizzes.
+
+    Raises:
+        TransferError: When none of the features fires on a shown text.
+    """
+    cases, silent = material.cases(features, settings, promotes)
+    if not cases:
+        raise TransferError(
+            f"None of the {len(features)} features of {material.store.space.id} fires on the {len(material.shown)} "
+            "texts that explanations may see."
+        )
+    judged = judge.judge(cases, rubric)
+    weights = {v.feature: dict(v.terms) or description_terms(v.description) for v in judged.verdicts}
+    words = word_detection(weights, material.heldout_docs, [t.text for t in material.heldout], seed=material.seed)
+    chats = ()
+    if reader is not None:
+        said = {v.feature: v.description for v in judged.verdicts if v.description}
+        chats = tuple(
+            chat_detection(reader, kind, said, material.scored, n=settings.quiz, seed=material.seed)
+            for kind in ("detection", "fuzzing")
+        )
+    return Explained(
+        space=material.store.space,
+        judged=judged,
+        cases=tuple(cases),
+        words=words,
+        chats=chats,
+        silent=tuple(silent),
+        threshold=settings.threshold,
+    )
