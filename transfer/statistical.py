@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from transfer.words import WordCounts, describe, terms
 LEVELS = ((0.01, "Yes"), (0.1, "Probably"), (0.5, "Maybe"))
 """Largest q-value of each label: at the last, half of what is accepted may be there by chance."""
 SHARES = ((0.9, "Yes"), (0.6, "Probably"), (0.4, "Maybe"))
-"""Least share of the spans that a word of the description stands in, for each grade of fit."""
+"""Least share of the spans that hold a word which several of them share, for each grade of fit."""
 MOST_TERMS = 12
 
 
@@ -108,23 +109,22 @@ class StatisticalJudge:
         )
 
     def terms(self, case: Case) -> dict[str, float]:
-        """The words of a description with their weights: z-scores of the contrast, firing words first."""
+        """The words of a description with their weights.
+
+        Contrastive terms have their z-scores; a word that the feature fires on counts as much as the best of them,
+        times the share of texts that lack it: what it fires on says more than what stands around.
+        """
         scored = dict(self.background.scored([s.text for s in case.spans])[:MOST_TERMS])
         most = max(scored.values(), default=1.0)
-        for span in case.spans:
-            if word := span.word():
-                # What it fires on says more than what stands around, however common it is elsewhere.
-                scored[word] = max(scored.get(word, 0.0), most * self._rarity(word))
-        return dict(sorted(scored.items(), key=lambda x: (-x[1], x[0]))[: 2 * MOST_TERMS])
-
-    def _rarity(self, word: str) -> float:
-        """1 for a word that stands in one text, towards 0 for one that stands in all."""
-        return 1.0 - self.background.counts[word] / max(self.background.n, 1)
+        for word in {w for s in case.spans if (w := s.word())}:
+            rarity = 1.0 - self.background.counts[word] / max(self.background.n, 1)
+            scored[word] = max(scored.get(word, 0.0), most * rarity)
+        return dict(sorted(scored.items(), key=lambda x: (-x[1], x[0])))
 
     @staticmethod
     def _fit(case: Case, weights: dict[str, float]) -> str:
-        texts = [terms(s.text, pairs=True) for s in case.spans]
-        if not texts or not weights:
-            return "No"
-        share = sum(not t.isdisjoint(weights) for t in texts) / len(texts)
+        """How many of the spans hold one of the words that at least two of them share."""
+        texts = [terms(s.text, pairs=True) & set(weights) for s in case.spans]
+        common = {w for w, n in Counter(w for t in texts for w in t).items() if n > 1}
+        share = sum(not t.isdisjoint(common) for t in texts) / max(len(texts), 1)
         return next((name for least, name in SHARES if share >= least), "No")
