@@ -108,6 +108,37 @@ class CoverSection(Section):
     )
 
 
+JudgeKind = Literal["statistical", "endpoint", "local"]
+
+
+class JudgeSection(Section):
+    """Who says what a feature is about and whether it matters, and what that may cost."""
+
+    kind: JudgeKind = Field("statistical", description="statistical (offline), endpoint (a server) or local (a model).")
+    rubric: str = Field("toxicity", description="Name of a rubric, or a YAML file.")
+    threshold: Literal["Maybe", "Probably", "Yes"] = Field("Maybe", description="Least label of a relevant feature.")
+    test: Literal["enrichment", "auroc", "information"] = Field(
+        "enrichment", description="What the statistical judge goes by."
+    )
+    spans: int = Field(10, ge=1, description="Texts shown of a feature: half the top, half from all strata.")
+    silent: int = Field(5, ge=0, description="Texts shown in which it does not fire.")
+    quiz: int = Field(5, ge=3, description="Held-out texts of each side in a detection quiz.")
+    shown_fraction: float = Field(0.6, gt=0, lt=1, description="Share of the texts that explanations may see.")
+    model: str = Field("", description="The server's name of the model, or a model reference for `local`.")
+    base_url: str = Field("http://localhost:8000/v1", description="Address of an OpenAI-compatible server.")
+    key_variable: str = Field("", description="Environment variable that holds the key; empty for none.")
+    concurrency: int = Field(8, ge=1, description="Requests in flight at most.")
+    retries: int = Field(5, ge=0)
+    timeout: float = Field(120.0, gt=0, description="Seconds to wait for one answer.")
+    batch: int = Field(16, ge=1, description="Rows of a local model's forward pass.")
+    price_prompt: float = Field(0.0, ge=0, description="Currency per million tokens read.")
+    price_written: float = Field(0.0, ge=0, description="Currency per million tokens written.")
+    max_cost: float | None = Field(None, ge=0, description="Cap in that currency, over all runs of this experiment.")
+    max_tokens: int | None = Field(None, ge=0, description="Cap on tokens, over all runs of this experiment.")
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    omit: tuple[str, ...] = Field((), description="Request fields that the server does not take, such as seed.")
+
+
 class SynthSection(Section):
     """The two-step synthesis."""
 
@@ -151,6 +182,7 @@ class Experiment(Section):
     harvest: HarvestSection = Field(default_factory=lambda: HarvestSection.model_validate({}))
     align: AlignSection = Field(default_factory=lambda: AlignSection.model_validate({}))
     cover: CoverSection = Field(default_factory=lambda: CoverSection.model_validate({}))
+    judge: JudgeSection = Field(default_factory=lambda: JudgeSection.model_validate({}))
     synth: SynthSection = Field(default_factory=lambda: SynthSection.model_validate({}))
     tune: TuneSection = Field(default_factory=lambda: TuneSection.model_validate({}))
 

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from tests.test_endpoint import Reply, completion, serving
+from transfer.core.errors import TransferError
+from transfer.explain_cli import explain
+
+app = typer.Typer()
+app.command()(explain)
+
+NOUNS = ("bread", "boats", "rain", "poems", "knives", "bombs")
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny_llama: Path, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random tiny models on a hundred short texts; harvested once for all tests of this file."""
+    folder = tmp_path_factory.mktemp("explain")
+    rows = []
+    for i in range(120):
+        noun = NOUNS[i % 6]
+        rows.append(
+            {
+                "text": f"Tell me {'how' if i % 2 else 'why'} people like {noun} number {i}, please.",
+                "label": "harmful" if noun in ("knives", "bombs") else "benign",
+                "topic": noun,
+                "split": ("anchor", "anchor", "seed", "evaluation")[i // 6 % 4],
+            }
+        )
+    (folder / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf8")
+    config = {
+        "name": "tiny",
+        "models": {n: {"model": f"path:{f}", "sae": f"path:{f}/sae"} for n, f in (("a", tiny_llama), ("b", tiny_qwen))},
+        "data": {"source": str(folder / "texts.jsonl")},
+        "cover": {"fdr": 0.9, "min_docs": 2},
+        "judge": {"spans": 4, "silent": 2, "quiz": 3},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config), "utf8")
+    return folder
+
+
+def run(experiment: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Result:
+    monkeypatch.setenv("TRANSFER_RUNS", str(experiment / "runs"))
+    return CliRunner().invoke(app, [str(experiment / "tiny.yaml"), *options], catch_exceptions=False)
+
+
+def obedient(body: dict[str, Any], _: int) -> Reply:
+    """Ends with the asked line, whatever the question."""
+    kind = re.findall(r"\n(Concept|Fit|Relevant|Active|Right):", body["messages"][1]["content"])[-1]
+    said = {"Concept": "what people like", "Fit": "Probably", "Relevant": "Maybe", "Active": "1, 2", "Right": "none"}
+    return completion(f"Well.\n{kind}: {said[kind]}", 100, 10)
+
+
+def test_the_statistical_judge_needs_nobody(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads(run(experiment, monkeypatch, "--features", "relevant", "--json").stdout)
+    assert [part["name"] for part in found["explained"]] == ["a", "b"] and found["agreement"] == []
+    part = found["explained"][0]
+    assert part["n_judged"] + part["n_silent"] > 3 and sum(part["labels"].values()) == part["n_judged"]
+    assert {"n", "n_untested"} <= set(part["words"])
+    rows = [json.loads(line) for line in Path(part["file"]).read_text("utf8").splitlines()]
+    assert len(rows) == part["n_judged"] == len(part["rows"]) and "toxicity-1#" in rows[0]["rubric"]
+    assert not any("people like" in json.dumps(r) for r in part["rows"] if r["description"] == "")
+    table = run(experiment, monkeypatch, "--features", "relevant", "--model", "a").stdout
+    assert "a by statistical:" in table and "words: n" in table and "b by" not in table
+    assert "Tell me" not in table  # no text of the corpus is printed
+
+
+def test_two_judges_are_compared_and_paid_for_once(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(obedient) as stub:
+        options = ["--model", "a", "--features", "relevant", "--limit", "3", "--judge", "statistical"]
+        options += ["--judge", "endpoint", "--set", f"judge.base_url={stub.url}", "--set", "judge.model=m"]
+        options += ["--set", "judge.price_prompt=1", "--set", "judge.price_written=10", "--json"]
+        found = json.loads(run(experiment, monkeypatch, *options).stdout)
+        n = len(stub.bodies)
+        judged = found["explained"][1]
+        assert judged["kind"] == "endpoint" and judged["labels"] == {"Maybe": judged["n_judged"]}
+        assert judged["counts"]["explain_asked"] == judged["n_judged"] and "explain-1#" in judged["judge"]
+        assert found["usage"]["endpoint"]["n_answered"] == n > 0
+        assert found["usage"]["endpoint"]["cost"] == pytest.approx(n * (100 * 1 + 10 * 10) / 1e6)
+        (agreed,) = found["agreement"]
+        assert agreed["n"] == judged["n_judged"] and sum(map(sum, agreed["table"])) == agreed["n"]
+        again = json.loads(run(experiment, monkeypatch, *options).stdout)
+        assert len(stub.bodies) == n and again["usage"]["endpoint"]["cost"] == 0
+        assert again["explained"] == found["explained"]
+        # The cap counts what earlier runs of the experiment have paid.
+        capped = [*options[:-1], "--set", f"judge.max_tokens={110 * n + 50}", "--rubric", "survival"]
+        with pytest.raises(TransferError, match="cap"):
+            run(experiment, monkeypatch, *capped)
+        assert len(stub.bodies) == n
+
+
+def test_a_dry_run_shows_prompts_and_asks_nobody(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", "a", "--features", "relevant", "--limit", "3", "--judge", "endpoint", "--dry-run", "1"]
+    settings = ["--set", "judge.base_url=http://127.0.0.1:9/v1", "--set", "judge.price_prompt=2"]
+    shown = run(experiment, monkeypatch, *options, *settings).stdout
+    assert shown.count("--- request") == 5  # one of each kind
+    assert re.search(r"endpoint:\(none\): \d+ requests, at most \d+ tokens read .*; nothing was asked", shown)
+    counted = json.loads(run(experiment, monkeypatch, *options, *settings, "--json").stdout)["dry_run"][0]
+    assert len(counted["prompts"]) == 5 and counted["cost"] > 0
+
+
+def test_features_can_be_named(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads(run(experiment, monkeypatch, "--model", "b", "--features", "0,5,5,3", "--json").stdout)
+    part = found["explained"][0]
+    assert part["n_judged"] + part["n_silent"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--judge", "oracle"], "no judge or model 'oracle'"),
+        (["--model", "zebra"], "no judge or model 'zebra'"),
+        (["--judge", "local"], "needs a model"),
+        (["--rubric", "happiness"], "There is no rubric happiness"),
+        (["--features", "many"], "neither a set nor ids"),
+        (["--features", "3,9999"], "has no feature 9999"),
+        (["--judge", "statistical", "--judge", "local", "--judge", "endpoint"], "at most twice"),
+        (["--rubric", "sycophancy", "--set", "data.positive=benign", "--judge", "local"], "needs a model"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], sentence: str
+) -> None:
+    with pytest.raises(TransferError, match=re.escape(sentence)):
+        run(experiment, monkeypatch, *options)
