@@ -1,0 +1,344 @@
+"""Guided decoding: while it writes, the model's own SAE says which continuation activates the feature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.adapter import Adapter
+from models.generators import Prompt
+from models.steered import SteeredGenerator
+from transfer.core.errors import TransferError
+from transfer.core.keys import digest
+
+ENOUGH = 3.0
+"""Guidance stops to pull once the text has reached this many times the feature's scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedLanguage:
+    """A model whose next token is drawn from p(token)^(1/T) · exp(λ · gain), the gain read off its SAE.
+
+    At each step the ``candidates`` most likely tokens of the nucleus stand side by side behind the same prefix: one
+    forward pass [B, candidates] under a mask in which each sees the prefix and itself. That pass gives the residual
+    stream at the SAE's layer for every candidate (hence the feature's value with that token), the keys and values of
+    all, of which the chosen one's stay in the cache, and the hidden state that the next step's distribution comes
+    from. Nothing is computed twice, and with λ = 0 this is plain sampling from the same nucleus.
+
+    The gain is max(largest value of the prefix, value with the token) / scale, at most ``ENOUGH``: like the score
+    g_i(x) it is a maximum over tokens, so a token that does not raise it changes nothing. The value is the feature's
+    pre-activation: a code that is zero for nearly every token would say nothing about which way to go.
+
+    Memory: a forward pass of ``batch_size × candidates`` tokens, and the cache of ``batch_size`` rows.
+    """
+
+    adapter: Adapter
+
+    @property
+    def ref(self) -> str:
+        """What the model is loaded from."""
+        return self.adapter.language.ref
+
+    def generate(
+        self,
+        prompts: list[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        steer: tuple[int, Tensor] | None,
+        stop: str | None,
+        batch_size: int,
+        guide: list[tuple[int, float]] | None = None,
+        candidates: int = 16,
+        weight: float = 0.0,
+    ) -> list[str]:
+        """Continue raw texts; see ``LanguageModel.generate`` for what is not said here.
+
+        Args:
+            prompts: One row each.
+            max_new_tokens: Longest continuation.
+            temperature: Above 0.
+            top_p: Nucleus.
+            seed: Decides all sampling.
+            steer: The SAE's layer, and what is added to the residual stream there [B, d_model]; the SAE reads the
+                stream before that.
+            stop: Continuations end before this string.
+            batch_size: Rows in one forward pass.
+            guide: Per row, the feature and its scale; None for no guidance.
+            candidates: Tokens compared at each step.
+            weight: λ, in nats for one scale of the feature.
+
+        Raises:
+            TransferError: When a prompt does not fit the context (or the sliding window), or steering is at another
+                layer.
+        """
+        language = self.adapter.language
+        config = language.model.config
+        room = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 10**9) - max_new_tokens
+        ids = [line or [language.pad_id] for line in language.renderer.plain(prompts)]
+        longest = max(map(len, ids), default=0)
+        if longest > room:
+            raise TransferError(f"A prompt has {longest} tokens, {self.ref} has room for {room}.")
+        if steer is not None and steer[0] != self.adapter.space.layer:
+            raise TransferError("Guided decoding steers at the SAE's own layer only.", "Use that layer.")
+        texts: list[str] = []
+        generator = torch.Generator(device=language.device).manual_seed(seed)
+        with torch.inference_mode():
+            for begin in range(0, len(ids), batch_size):
+                rows = slice(begin, begin + batch_size)
+                texts += _Decoding(
+                    self.adapter,
+                    ids[rows],
+                    None if steer is None else steer[1][rows],
+                    guide[rows] if guide and weight else None,
+                    temperature=temperature,
+                    top_p=top_p,
+                    candidates=candidates,
+                    weight=weight,
+                    generator=generator,
+                ).write(max_new_tokens, stop)
+        return texts
+
+
+class _Decoding:
+    """One batch of rows on their way."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        ids: list[list[int]],
+        steer: Tensor | None,
+        guide: Sequence[tuple[int, float]] | None,
+        *,
+        temperature: float,
+        top_p: float,
+        candidates: int,
+        weight: float,
+        generator: torch.Generator,
+    ) -> None:
+        from transformers import DynamicCache
+
+        language = adapter.language
+        self.language, self.adapter = language, adapter
+        self.base = language.family.part(language.model, language.family.base)
+        self.head = language.family.part(language.model, language.family.unembedding)
+        self.temperature, self.top_p, self.k, self.weight = temperature, top_p, candidates, weight
+        self.random = generator
+        self.steer = None if steer is None else steer[:, None].to(language.device, language.model.dtype)
+        self.probe = None if guide is None else _Probe(adapter, guide)
+        block = language.padded(ids, left=True)
+        lengths = torch.tensor([len(line) for line in ids], device=language.device)
+        width = block.shape[1]
+        self.seen = torch.arange(width, device=language.device) >= width - lengths[:, None]  # [B, T]
+        self.place = lengths  # position of the next token
+        self.cache = DynamicCache()
+        position = (torch.arange(width, device=language.device) - (width - lengths)[:, None]).clamp(min=0)
+        with self._site():
+            hidden = self.base(
+                input_ids=block,
+                attention_mask=self.seen.long(),
+                position_ids=position,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+        self.logits = self.head(hidden[:, -1]).float()
+
+    def _site(self) -> Any:
+        """Captures the residual stream at the SAE's layer, and steers behind that."""
+        from models.hooks import editing
+
+        def edit(hidden: Tensor) -> Tensor:
+            self.residual = hidden
+            return hidden if self.steer is None else hidden + self.steer
+
+        return editing(self.language.family.site(self.language.model, self.adapter.space.layer), edit)
+
+    def write(self, max_new_tokens: int, stop: str | None) -> list[str]:
+        """The continuations."""
+        table = self.language.renderer.bytes
+        special = torch.zeros(self.logits.shape[-1], dtype=torch.bool, device=self.logits.device)
+        special[[t for t in table.special if t < len(special)]] = True
+        n, end = len(self.seen), (stop or "").encode()
+        done, written = [False] * n, [b""] * n
+        best = torch.full((n,), -torch.inf, device=self.logits.device)
+        for _ in range(max_new_tokens):
+            token, best = self._step(special, best)
+            for row, chosen in enumerate(token.tolist()):
+                if done[row]:
+                    continue
+                if chosen in table.special:
+                    done[row] = True
+                    continue
+                written[row] += table.join([chosen])
+                done[row] = bool(end) and end in written[row]
+            if all(done):
+                break
+        texts = [line.decode("utf8", errors="replace") for line in written]
+        return [text.split(stop, 1)[0] for text in texts] if stop else texts
+
+    def _step(self, special: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw one token a row and put it into the cache."""
+        logp, token = self._nucleus()
+        if self.probe is None:
+            token = token.gather(1, torch.multinomial(logp.exp(), 1, generator=self.random))
+            logp = logp.new_zeros(token.shape)
+        hidden = self._forward(token)
+        if self.probe is not None:
+            value = self.probe(self.residual)  # [B, k], in scales of the feature
+            # A token that ends the text is no part of it.
+            value = torch.where(special[token], -torch.inf, value)
+            reached = torch.maximum(value, best[:, None])
+            gain = reached.clamp(max=ENOUGH)
+            gain = torch.where(torch.isfinite(gain), gain, gain.nan_to_num(neginf=torch.inf).amin(1, keepdim=True))
+            gain = torch.where(torch.isfinite(gain), gain, 0.0)
+            chosen = torch.multinomial((logp + self.weight * gain).softmax(1), 1, generator=self.random)
+            best = reached.gather(1, chosen)[:, 0]
+        else:
+            chosen = torch.zeros_like(token)
+        self._keep(chosen, token.shape[1])
+        self.logits = self.head(hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0]).float()
+        return token.gather(1, chosen)[:, 0], best
+
+    def _nucleus(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, k] at the temperature, and the tokens; −∞ outside the nucleus."""
+        logp = (self.logits / self.temperature).log_softmax(-1)
+        # Guidance compares k tokens; without it the whole nucleus is drawn from.
+        top = logp.topk(min(self.k, logp.shape[1]) if self.probe is not None else logp.shape[1], dim=1)
+        before = top.values.exp().cumsum(1) - top.values.exp()
+        return top.values.masked_fill(before >= self.top_p, -torch.inf), top.indices
+
+    def _forward(self, token: Tensor) -> Tensor:
+        """Last hidden states [B, k, d_model] of tokens that all follow the same prefix and do not see each other."""
+        n, k = token.shape
+        allowed = torch.cat(
+            [self.seen[:, None].expand(n, k, -1), torch.eye(k, dtype=torch.bool, device=token.device).expand(n, k, k)],
+            dim=2,
+        )
+        dtype = self.language.model.dtype
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=token.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+        with self._site():
+            return self.base(
+                input_ids=token,
+                attention_mask=mask[:, None],
+                position_ids=self.place[:, None].expand(n, k),
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+
+    def _keep(self, chosen: Tensor, k: int) -> None:
+        """Of the last ``k`` places of the cache, leave the chosen one's."""
+        if k > 1:
+            for layer in self.cache.layers:
+                keys, values = layer.keys, layer.values
+                assert keys is not None and values is not None
+                last = keys.shape[2] - k
+                at = chosen[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+                layer.keys = torch.cat([keys[:, :, :last], keys[:, :, last:].gather(2, at)], dim=2)
+                at = chosen[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3])
+                layer.values = torch.cat([values[:, :, :last], values[:, :, last:].gather(2, at)], dim=2)
+        self.seen = torch.cat([self.seen, self.seen.new_ones(len(self.seen), 1)], dim=1)
+        self.place = self.place + 1
+
+
+class _Probe:
+    """The pre-activation of one feature a row, in units of its scale.
+
+    Args:
+        adapter: Model and SAE.
+        guide: Per row, the feature and its scale.
+    """
+
+    def __init__(self, adapter: Adapter, guide: Sequence[tuple[int, float]]) -> None:
+        sae = adapter.dictionary.sae
+        device = adapter.language.device
+        ids = torch.tensor([feature for feature, _ in guide], device=sae.device)
+        self.adapter = adapter
+        self.weight = sae.W_enc[:, ids].T.to(device, torch.float32)  # [B, d_model]
+        bias = sae.b_enc[ids] if hasattr(sae, "b_enc") else torch.zeros(len(ids), device=sae.device)
+        self.bias = bias.to(device, torch.float32)
+        self.centre = (sae.b_dec * sae.cfg.apply_b_dec_to_input).to(device, torch.float32)
+        self.scale = torch.tensor([max(scale, 1e-6) for _, scale in guide], device=device)
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        """[B, k] of residual-stream vectors [B, k, d_model]."""
+        x = self.adapter.dictionary._normalised(residual.float())[0] - self.centre
+        return (torch.einsum("bkd,bd->bk", x, self.weight) + self.bias[:, None]) / self.scale[:, None]
+
+
+class GuidedGenerator(SteeredGenerator):
+    """``SteeredGenerator`` whose model is guided by its SAE while it writes; it may be steered at the same time.
+
+    Args:
+        adapter: The model and the SAE whose features are asked for.
+        weight: λ, in nats for one scale of the feature; 0 is plain sampling.
+        candidates: Tokens compared at each step.
+        model: Name of the model, for lineage.
+        max_new_tokens: Longest text.
+        temperature: Sampling temperature.
+        top_p: Nucleus.
+        batch_size: Rows in one forward pass, each ``candidates`` tokens wide.
+        chunk: Rows written in one go, with a seed of their own.
+        executor: See ``SteeredGenerator``.
+    """
+
+    reads = frozenset({"feature"})
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        weight: float = 2.0,
+        candidates: int = 16,
+        model: str = "",
+        max_new_tokens: int = 40,
+        temperature: float = 0.8,
+        top_p: float = 0.9,
+        batch_size: int = 64,
+        chunk: int = 256,
+        executor: Executor | None = None,
+    ) -> None:
+        if weight < 0 or candidates < 1 or temperature <= 0:
+            raise TransferError("Guided decoding needs weight >= 0, candidates >= 1 and temperature > 0.")
+        super().__init__(
+            GuidedLanguage(adapter),
+            adapter.space.layer,
+            model=model or adapter.space.model,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+            chunk=chunk,
+            executor=executor,
+        )
+        self.adapter = adapter
+        self.how: dict[str, Any] = dict(candidates=candidates, weight=weight)
+        settings = [self.settings, self.how, adapter.space.id, batch_size, chunk]
+        self.name = f"guided:{model or adapter.space.model}@{adapter.space.layer}#{digest(settings, 6)}"
+
+    def _job(self, requests: list[Prompt], part: list[tuple[int, int]], begin: int) -> dict[str, Any]:
+        job = super()._job(requests, part, begin)
+        return {**job, **self.how, "guide": [(requests[i].feature, requests[i].scale) for i, _ in part]}
+
+    def _worker(self) -> tuple[Callable[[Any, dict[str, Any]], list[str]], Any]:
+        space = self.adapter.space
+        return guided_chunk, (space.model, space.sae, space.layer)
+
+
+def guided_chunk(where: tuple[str, str, int], job: dict[str, Any]) -> list[str]:
+    """One chunk, in a worker process."""
+    return GuidedLanguage(_kept_adapter(*where)).generate(**job)
+
+
+@lru_cache(maxsize=1)
+def _kept_adapter(model: str, sae: str, layer: int) -> Adapter:
+    return Adapter.load(model, sae, layer)
