@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -162,47 +163,52 @@ class _Decoding:
         return editing(self.language.family.site(self.language.model, self.adapter.space.layer), edit)
 
     def write(self, max_new_tokens: int, stop: str | None) -> list[str]:
-        """The continuations."""
+        """The continuations; rows that have ended are left out of the passes that follow."""
         table = self.language.renderer.bytes
         special = torch.zeros(self.logits.shape[-1], dtype=torch.bool, device=self.logits.device)
         special[[t for t in table.special if t < len(special)]] = True
-        n, end = len(self.seen), (stop or "").encode()
-        done, written = [False] * n, [b""] * n
-        best = torch.full((n,), -torch.inf, device=self.logits.device)
+        end = (stop or "").encode()
+        written = [b""] * len(self.seen)
+        alive = list(range(len(written)))
+        best = torch.full((len(alive),), -torch.inf, device=self.logits.device)
         for _ in range(max_new_tokens):
             token, best = self._step(special, best)
-            for row, chosen in enumerate(token.tolist()):
-                if done[row]:
-                    continue
+            going = []
+            for place, chosen in enumerate(token.tolist()):
+                row = alive[place]
                 if chosen in table.special:
-                    done[row] = True
                     continue
                 written[row] += table.join([chosen])
-                done[row] = bool(end) and end in written[row]
-            if all(done):
+                if not (end and end in written[row]):
+                    going.append(place)
+            if not going:
                 break
+            if len(going) < len(alive):
+                self._leave(torch.tensor(going, device=token.device))
+                alive, best = [alive[place] for place in going], best[going]
         texts = [line.decode("utf8", errors="replace") for line in written]
         return [text.split(stop, 1)[0] for text in texts] if stop else texts
 
+    def _leave(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.seen, self.place, self.logits = self.seen[rows], self.place[rows], self.logits[rows]
+        self.steer = None if self.steer is None else self.steer[rows]
+        self.probe = None if self.probe is None else self.probe.of(rows)
+        self.cache.batch_select_indices(rows)
+
     def _step(self, special: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw one token a row and put it into the cache."""
+        """Draw one token a row and put it into the cache; also the largest value of each row so far."""
         logp, token = self._nucleus()
         if self.probe is None:
             token = token.gather(1, torch.multinomial(logp.exp(), 1, generator=self.random))
-            logp = logp.new_zeros(token.shape)
-        hidden = self._forward(token)
-        if self.probe is not None:
-            value = self.probe(self.residual)  # [B, k], in scales of the feature
-            # A token that ends the text is no part of it.
-            value = torch.where(special[token], -torch.inf, value)
-            reached = torch.maximum(value, best[:, None])
-            gain = reached.clamp(max=ENOUGH)
-            gain = torch.where(torch.isfinite(gain), gain, gain.nan_to_num(neginf=torch.inf).amin(1, keepdim=True))
-            gain = torch.where(torch.isfinite(gain), gain, 0.0)
-            chosen = torch.multinomial((logp + self.weight * gain).softmax(1), 1, generator=self.random)
-            best = reached.gather(1, chosen)[:, 0]
+            hidden, chosen = self._forward(token), torch.zeros_like(token)[:, :1]
         else:
-            chosen = torch.zeros_like(token)
+            hidden = self._forward(token)
+            # A token that ends the text is no part of it.
+            value = torch.where(special[token], -torch.inf, self.probe(self.residual))
+            law, reached = weighed(logp, value, best, self.weight)
+            chosen = torch.multinomial(law.exp(), 1, generator=self.random)
+            best = reached.gather(1, chosen)[:, 0]
         self._keep(chosen, token.shape[1])
         self.logits = self.head(hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0]).float()
         return token.gather(1, chosen)[:, 0], best
@@ -250,6 +256,26 @@ class _Decoding:
         self.place = self.place + 1
 
 
+def weighed(logp: Tensor, value: Tensor, best: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """The distribution over candidate tokens, p^(1/T) · exp(λ · gain), normalised.
+
+    Args:
+        logp: Log-probabilities at the temperature [B, k]; −∞ for a token that may not be drawn.
+        value: Value of the feature at each candidate, in its scale [B, k]; −∞ for a token that is no part of the text.
+        best: Largest value of the prefix [B]; −∞ before the first token.
+        weight: λ.
+
+    Returns:
+        Log-probabilities [B, k], and the largest value of the prefix with each candidate [B, k].
+    """
+    reached = torch.maximum(value, best[:, None])
+    gain = reached.clamp(max=ENOUGH)
+    # An end before anything was written gains as little as the worst candidate.
+    least = torch.where(torch.isfinite(gain), gain, torch.inf).amin(1, keepdim=True)
+    gain = torch.where(torch.isfinite(gain), gain, torch.where(torch.isfinite(least), least, 0.0))
+    return (logp + weight * gain).log_softmax(1), reached
+
+
 class _Probe:
     """The pre-activation of one feature a row, in units of its scale.
 
@@ -268,6 +294,12 @@ class _Probe:
         self.bias = bias.to(device, torch.float32)
         self.centre = (sae.b_dec * sae.cfg.apply_b_dec_to_input).to(device, torch.float32)
         self.scale = torch.tensor([max(scale, 1e-6) for _, scale in guide], device=device)
+
+    def of(self, rows: Tensor) -> _Probe:
+        """The probe of these rows."""
+        probe = copy.copy(self)
+        probe.weight, probe.bias, probe.scale = self.weight[rows], self.bias[rows], self.scale[rows]
+        return probe
 
     def __call__(self, residual: Tensor) -> Tensor:
         """[B, k] of residual-stream vectors [B, k, d_model]."""
@@ -297,7 +329,7 @@ class GuidedGenerator(SteeredGenerator):
         self,
         adapter: Adapter,
         *,
-        weight: float = 2.0,
+        weight: float = 4.0,
         candidates: int = 16,
         model: str = "",
         max_new_tokens: int = 40,

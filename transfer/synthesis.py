@@ -10,6 +10,7 @@ other spaces.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,7 @@ def synthesise(
         i: Asked(label, options.descriptions.get(i, ""), tuple(options.spans.get(i, ())))
         for i, label in zip(ids, features.labels, strict=True)
     }
+    before_replies = Counter(getattr(generator, "counts", {}))
     loop = Loop(adapter, generator, asked, delta, steering, get_format(options.format))
     spans = openings or {}
     run = _Run(loop, examples, few_shot, {i: spans.get(i, ()) for i in ids}, tuple(strengths), seed)
@@ -187,7 +189,7 @@ def synthesise(
         ),
         n_missing=len(missing),
         n_hit=n_hit,
-        info=_info(options, run, rounds, ids, targets, generator),
+        info=_info(options, run, rounds, ids, targets, Counter(getattr(generator, "counts", {})) - before_replies),
     )
 
 
@@ -373,7 +375,7 @@ def _info(
     rounds: list[dict[str, int]],
     ids: list[int],
     targets: Sequence[Target],
-    generator: Generator,
+    replies: Counter[str],
 ) -> dict[str, Any]:
     """What the options did; nothing where none is on."""
     info: dict[str, Any] = {}
@@ -393,9 +395,8 @@ def _info(
         }
     if options.duplicates != "exact":
         info["duplicates"] = options.duplicates
-    counts = getattr(generator, "counts", None)
-    if counts:
-        info["replies"] = dict(sorted(counts.items()))
+    if replies:
+        info["replies"] = dict(sorted(replies.items()))
     return info
 
 

@@ -115,7 +115,7 @@ class SynthSection(Section):
         "steered",
         description="steered: the model itself, steered; guided: its SAE also weighs every token; chat: `chat`.",
     )
-    guide: float = Field(2.0, ge=0, description="Guided: nats that one threshold's worth of activation weighs.")
+    guide: float = Field(4.0, ge=0, description="Guided: nats that one threshold's worth of activation weighs.")
     guide_tokens: int = Field(16, ge=1, description="Guided: tokens compared at each step.")
     chat: str = Field("", description="Chat model: local:<model reference> or http(s)://…/v1#<model>.")
     chat_key: str = Field("", description="Environment variable with the key of the chat endpoint.")
