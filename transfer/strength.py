@@ -28,12 +28,22 @@ class StrengthSearch:
     """Strengths tried at most, those of the grid among them."""
     texts: int = 1
     """Texts of one feature at one strength."""
+    features: int | None = None
+    """Features that strengths are tried on, spread evenly over all; the others take what is best on average."""
     shrink: float = 2.0
     """How many texts the average over all features counts as, when one feature's best strength is chosen."""
 
     def __post_init__(self) -> None:
-        if self.cap < 1 or self.probes < 1 or self.texts < 1 or self.shrink < 0:
-            raise TransferError("The search of the strength needs cap >= 1, probes and texts >= 1, shrink >= 0.")
+        if self.cap < 1 or min(self.probes, self.texts, 1 if self.features is None else self.features) < 1:
+            raise TransferError("The search of the strength needs cap, probes, texts and features >= 1.")
+        if self.shrink <= 0:
+            raise TransferError(f"The search of the strength needs shrink > 0, not {self.shrink}.")
+
+    def tried_on(self, ids: Sequence[int]) -> list[int]:
+        """The features that texts are written for."""
+        if self.features is None or self.features >= len(ids):
+            return list(ids)
+        return [ids[i] for i in np.linspace(0, len(ids) - 1, self.features).round().astype(int)]
 
 
 @dataclass(frozen=True)

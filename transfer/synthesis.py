@@ -291,16 +291,17 @@ class _Run:
 
     def search(self, ids: list[int], settings: StrengthSearch) -> None:
         """Search the strengths; step 1 then stays near the best of each feature."""
+        some = settings.tried_on(ids)
 
         def try_out(strength: float) -> Probe:
             requests = [
-                r for i in ids for r in self._requests(i, 0, (strength,), settings.texts, None, len(self.drafts))
+                r for i in some for r in self._requests(i, 0, (strength,), settings.texts, None, len(self.drafts))
             ]
             made = self.loop.write(requests)
             self.drafts += made
             fine = [d for d in made if not d.fault]
             levels = settings.log_perplexity([d.text for d in fine]) if fine else np.zeros(0)
-            probe = Probe(strength, dict.fromkeys(ids, 0), dict.fromkeys(ids, 0), {i: [] for i in ids})
+            probe = Probe(strength, dict.fromkeys(some, 0), dict.fromkeys(some, 0), {i: [] for i in some})
             for d in made:
                 probe.counts[d.request.feature] += 1
             for d, level in zip(fine, levels, strict=True):
@@ -334,10 +335,15 @@ class _Run:
             return usual
         steps = sorted(set(usual))
         between = [(a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)]
-        return (*between, steps[-1] * 1.25)
+        # The search has found how strong is too strong.
+        return (*between, steps[-1] if self.found else steps[-1] * 1.25)
 
     def _around(self, best: float | None) -> list[float]:
-        return _near(sorted({*self.known, *([] if best is None else [best])}), best)
+        if best is None:
+            return self.known
+        if self.found:
+            best = min(best, self.known[-1])
+        return _near(sorted({*self.known, best}), best)
 
     def _requests(
         self, feature: int, step: int, strengths: Sequence[float], total: int, pair: Pair | None, again: int

@@ -110,7 +110,12 @@ def make_options(
     if settings.search:
         from models.fluency import log_perplexity
 
-        search = StrengthSearch(log_perplexity(adapter.language), cap=settings.perplexity_cap, probes=settings.probes)
+        search = StrengthSearch(
+            log_perplexity(adapter.language),
+            cap=settings.perplexity_cap,
+            probes=settings.probes,
+            features=settings.search_features,
+        )
     asked = spans if spans and settings.generator == "chat" else {}
     return Options(
         format=settings.format,

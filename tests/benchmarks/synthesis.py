@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ FEATURES = 24
 """Missing features asked for at most, the most telling first."""
 FEW = 3
 GUIDE = 4.0
+WAYS = ("one step", "two steps", "strength 2", "strength searched", "guided", "guided, retries")
+COMPARED = (
+    ("two steps", "one step"),
+    ("strength searched", "strength 2"),
+    ("strength searched", "two steps"),
+    ("guided", "two steps"),
+    ("guided, retries", "guided"),
+)
 CANDIDATES = 16
 
 
@@ -145,19 +153,21 @@ class Case:
 
 
 def ways(case: Case) -> dict[str, Any]:
-    """The ways of writing, ``TEXTS`` texts a feature each; retries of the guided one come on top and are a row apart."""
+    """The ways of writing, ``TEXTS`` texts a feature each; retries come on top and are a row of their own."""
     half = TEXTS // 2
-    search = StrengthSearch(log_perplexity(case.adapter.language), probes=4)
+    # Four strengths tried on a quarter of the features: one text a feature.
+    search = StrengthSearch(log_perplexity(case.adapter.language), probes=4, features=len(case.asked) // 4)
     return {
         "one step": lambda: case.write(TEXTS, 0, FIXED),
         "two steps": lambda: case.write(half, half, FIXED),
-        "strength searched": lambda: case.write(1, TEXTS - search.probes - 1, FIXED, search=search),
+        "strength 2": lambda: case.write(half, half, (2.0,)),
+        "strength searched": lambda: case.write(half, half - 1, FIXED, search=search),
         "guided": lambda: case.write(half, half, (0.0,), GUIDE, retries=2),
     }
 
 
-def one(name: str, texts: dict[str, list[Text]], seeds: Sequence[int], only: Sequence[str]) -> list[dict[str, Any]]:
-    """All ways and seeds of one model."""
+def one(name: str, texts: dict[str, list[Text]], seeds: Sequence[int], done: Collection[str]) -> list[dict[str, Any]]:
+    """All ways and seeds of one model, without those that are done."""
     adapter = Adapter.load(f"zoo:{name}", f"zoo:{name}/sae")
     anchor_docs, _ = encode(adapter, [t.text for t in texts["anchor"]], "anchor")
     usual = log_perplexity(adapter.language)
@@ -166,7 +176,7 @@ def one(name: str, texts: dict[str, list[Text]], seeds: Sequence[int], only: Seq
     for seed in seeds:
         case = Case(adapter, texts, anchor_docs, seed)
         for way, write in ways(case).items():
-            if only and way not in only:
+            if way in done:
                 continue
             start = time.process_time()
             whole = write()
@@ -210,7 +220,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| model | way | " + " | ".join(RULES) + " | own, quantile:0.5 | texts | kept | log-perplexity | CPU s |",
         "|---" * (len(RULES) + 7) + "|",
     ]
-    names = list(dict.fromkeys(r["way"] for r in rows))
+    known = {r["way"] for r in rows}
+    names = [way for way in WAYS if way in known]
     for model in MODELS:
         for way in names:
             mine = [r for r in rows if r["model"] == model and r["way"] == way]
@@ -223,7 +234,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells += [f"{np.mean(levels):.2f}", f"{np.mean([r['cpu_seconds'] for r in mine]):.0f}"]
             lines.append(f"| {model} | {way} | {' | '.join(cells)} |")
     lines += ["", "| difference | " + " | ".join((*RULES, "own")) + " |", "|---" * (len(RULES) + 2) + "|"]
-    for a, b in zip(names[1:], [names[0], *[names[1]] * (len(names) - 2)], strict=True):
+    for a, b in ((a, b) for a, b in COMPARED if {a, b} <= known):
         cells = []
         for rule in (*RULES, "own"):
             pairs = [
@@ -251,10 +262,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="JSON of all rows; finished models are kept.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON of all rows; what is in it is kept.")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--ways", default="")
     parser.add_argument("--table", action="store_true", help="Only print the table of what is there.")
     args = parser.parse_args()
     rows = read_json(args.out) if args.out.exists() else []
@@ -265,9 +275,8 @@ def main() -> None:
         texts = split(args.data)
         for model in args.models.split(","):
             for seed in map(int, args.seeds.split(",")):
-                only = [w for w in args.ways.split(";") if w]
-                rows = [r for r in rows if (r["model"], r["seed"]) != (model, seed) or (only and r["way"] not in only)]
-                rows += one(model, texts, [seed], only)
+                done = {r["way"] for r in rows if (r["model"], r["seed"]) == (model, seed)}
+                rows += one(model, texts, [seed], done)
                 write_json(args.out, rows)
     print(table(rows))  # noqa: T201
 

@@ -125,6 +125,7 @@ class SynthSection(Section):
     )
     search: bool = Field(False, description="Search the steering strength of each feature before step 1.")
     probes: int = Field(6, ge=1, description="Strengths the search tries at most, those of `strengths` among them.")
+    search_features: int = Field(8, ge=1, description="Features that strengths are tried on.")
     perplexity_cap: float = Field(
         2.0, ge=1, description="Largest median perplexity of steered texts, relative to unsteered ones."
     )

@@ -18,7 +18,7 @@ MIN_ANSWER_WORDS = 3
 Record = dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Format:
     """One kind of training example."""
 
