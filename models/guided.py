@@ -133,6 +133,8 @@ class _Decoding:
         self.head = language.family.part(language.model, language.family.unembedding)
         self.temperature, self.top_p, self.k, self.weight = temperature, top_p, candidates, weight
         self.random = generator
+        self.residual = torch.zeros(0)
+        """Stream at the SAE's layer in the last pass, before steering."""
         self.steer = None if steer is None else steer[:, None].to(language.device, language.model.dtype)
         self.probe = None if guide is None else _Probe(adapter, guide)
         block = language.padded(ids, left=True)
@@ -244,9 +246,9 @@ class _Decoding:
     def _keep(self, chosen: Tensor, k: int) -> None:
         """Of the last ``k`` places of the cache, leave the chosen one's."""
         if k > 1:
+            layer: Any
             for layer in self.cache.layers:
                 keys, values = layer.keys, layer.values
-                assert keys is not None and values is not None
                 last = keys.shape[2] - k
                 at = chosen[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
                 layer.keys = torch.cat([keys[:, :, :last], keys[:, :, last:].gather(2, at)], dim=2)

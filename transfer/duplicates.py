@@ -110,7 +110,7 @@ class MinHashDuplicates:
         if signature.is_empty():
             return False
         near = self._bands.query(signature)
-        return any(signature.jaccard(self._signatures[int(i)]) > self.limit for i in near)
+        return any(signature.jaccard(self._signatures[int(str(i))]) > self.limit for i in near)
 
 
 DUPLICATES: dict[str, Callable[..., Seen]] = {"exact": NearDuplicates, "minhash": MinHashDuplicates}

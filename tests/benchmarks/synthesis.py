@@ -47,9 +47,9 @@ TEXTS = 6
 FIXED = (0.0, 2.0, 4.0)
 """Strengths of the presets."""
 SEED_TEXTS = 10
-FEATURES = 24
+FEATURES = 16
 """Missing features asked for at most, the most telling first."""
-FEW = 3
+FEW = 2
 GUIDE = 4.0
 WAYS = ("one step", "two steps", "strength 2", "strength searched", "guided", "guided, retries")
 COMPARED = (
@@ -110,7 +110,7 @@ class Case:
 
     def write(self, n: int, m: int, strengths: Sequence[float], guide: float = 0.0, **options: Any) -> SynthesisRun:
         """One way of writing."""
-        common: dict[str, Any] = dict(model=self.adapter.space.model, max_new_tokens=32, batch_size=64, chunk=64)
+        common: dict[str, Any] = dict(model=self.adapter.space.model, max_new_tokens=32, batch_size=96, chunk=96)
         generator = (
             GuidedGenerator(self.adapter, weight=guide, candidates=CANDIDATES, **common)
             if guide
@@ -273,8 +273,8 @@ def main() -> None:
 
         torch.set_num_threads(1)
         texts = split(args.data)
-        for model in args.models.split(","):
-            for seed in map(int, args.seeds.split(",")):
+        for seed in map(int, args.seeds.split(",")):
+            for model in args.models.split(","):
                 done = {r["way"] for r in rows if (r["model"], r["seed"]) == (model, seed)}
                 rows += one(model, texts, [seed], done)
                 write_json(args.out, rows)
