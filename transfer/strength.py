@@ -90,7 +90,7 @@ class Found:
                 {
                     "strength": p.strength,
                     "hit_rate": p.hit_rate,
-                    "perplexity_ratio": math.exp(min(p.median - unsteered, 50.0)),
+                    "perplexity_ratio": _ratio(p.median, unsteered),
                     "allowed": p.median <= self.limit,
                     "n_texts": sum(p.counts.values()),
                 }
@@ -151,6 +151,12 @@ def find_strengths(
     steps = allowed()
     chosen = {i: max(steps, key=lambda s, i=i: (*_of(probes[s], i, limit, settings.shrink), -s)) for i in features}
     return Found(chosen, tuple(probes.values()), limit, steps)
+
+
+def _ratio(log_perplexity: float, unsteered: float) -> float | None:
+    """None where one of them is not known."""
+    known = math.isfinite(log_perplexity) and math.isfinite(unsteered)
+    return math.exp(min(log_perplexity - unsteered, 50.0)) if known else None
 
 
 def _of(probe: Probe, feature: int, limit: float, shrink: float) -> tuple[bool, float]:
