@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from models.adapter import Adapter
 from models.chat import Answer, Chat
 from models.chat_generator import ChatGenerator
+from models.decoding import Decoding, weighed
 from models.fluency import log_perplexity
 from models.generators import Prompt
-from models.guided import GuidedGenerator, GuidedLanguage, _Decoding, weighed
+from models.guided import GuidedGenerator, GuidedLanguage
 from models.steered import SteeredGenerator
 from transfer.core.errors import TransferError
 from transfer.core.workers import Workers
@@ -40,8 +41,8 @@ def llama(tiny_llama: Any) -> Adapter:
 # --- guided decoding ---
 
 
-def decoding(adapter: Adapter, steer: torch.Tensor | None = None, weight: float = 3.0, k: int = 5) -> _Decoding:
-    return _Decoding(
+def decoding(adapter: Adapter, steer: torch.Tensor | None = None, weight: float = 3.0, k: int = 5) -> Decoding:
+    return Decoding(
         adapter,
         adapter.language.renderer.plain(PROMPTS),
         steer,

@@ -20,6 +20,7 @@ from transfer.explain import WordCounts, top_spans
 from transfer.pipeline import Pipeline
 from transfer.rounds import Rounds, RoundSettings, run_rounds
 from transfer.safety import check_allowed
+from transfer.splits import check_corpora
 from transfer.synthesis import steering_vectors, synthesise
 from transfer.writing import make_generator, make_options
 
@@ -47,7 +48,7 @@ def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tun
     if experiment.synth.require != "source":
         raise TransferError("Rounds of one model have no target space.", "Set synth.require: source.")
     check_allowed(experiment.data, experiment.synth.allow_harmful)
-    pipeline.check("tune" if tune else "synth")
+    check_corpora(pipeline.corpora, experiment.data.positive, evaluate=tune)
     adapter = pipeline.adapters[model]
     store, corpora = pipeline.stores[model], pipeline.corpora
     report, folder = pipeline.coverage[model]
