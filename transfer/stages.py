@@ -13,7 +13,6 @@ import scipy.sparse as sp
 
 from models.activations import harvest as harvest_store
 from models.adapter import Adapter
-from models.generators import SteeredGenerator
 from transfer import arms, families
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment, HarvestSection
@@ -28,9 +27,12 @@ from transfer.core.workers import Workers
 from transfer.coverage import alive, coverage, missing_hit_interval, missing_hit_rate
 from transfer.curves import curves
 from transfer.delta import DeltaRule, check_floor, fires, thresholds
-from transfer.explain import judge_relevance, top_spans
+from transfer.drafts import Target
+from transfer.explain import WordCounts, judge_relevance, top_spans
 from transfer.methods import make_aligner, parameters
+from transfer.safety import check_allowed
 from transfer.synthesis import score_targets, steering_vectors, synthesise
+from transfer.writing import make_generator, make_options
 
 
 def harvest(adapter: Adapter, corpus: Corpus, out: Path, settings: HarvestSection) -> None:
@@ -209,8 +211,13 @@ def synth(
     experiment: Experiment,
     pool: Workers | None = None,
 ) -> None:
-    """Write for every feature that some arm asks ``writer`` for, and score the kept texts in every space."""
+    """Write for every feature that some arm asks ``writer`` for, and score the kept texts in every space.
+
+    Raises:
+        TransferError: For texts of a harmful class that are not allowed, or when there is nothing to write for.
+    """
     settings = experiment.synth
+    folded = check_allowed(experiment.data, settings.allow_harmful)
     adapter = adapters[writer]
     report, folder = covered[writer]
     delta = load_delta(folder)
@@ -222,17 +229,9 @@ def synth(
     relevant = report.relevant
     facet = dict(zip(relevant.features.tolist(), relevant.descriptions, strict=True))
     own_label = dict(zip(relevant.features.tolist(), relevant.labels, strict=True))
-    generator = SteeredGenerator(
-        adapter.language,
-        adapter.space.layer,
-        model=adapter.space.model,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        batch_size=settings.batch,
-        chunk=settings.batch,
-        executor=pool.executor if pool else None,
-    )
+    generator = make_generator(settings, adapter, pool)
+    targets = [Target(o, mappings[n], load_delta(covered[n][1])) for n, o in adapters.items() if n != writer]
+    background = WordCounts(t.text for t in anchor) if settings.generator == "chat" else None
     directions = adapter.dictionary.directions()
     known = [t.text for s in ("anchor", "seed") for t in corpora[s]]
     runs: list[SynthesisRun] = []
@@ -243,6 +242,10 @@ def synth(
         asked = np.array([i for i in wanted if spans[i]], dtype=np.int64)
         if not len(asked):
             continue
+        explore = {i: math.ceil(settings.explore * share[i]) for i in asked.tolist()}
+        contrast = {i: math.ceil(settings.contrast * share[i]) for i in asked.tolist()}
+        if settings.steps == 1:
+            explore, contrast = {i: explore[i] + contrast[i] for i in explore}, dict.fromkeys(contrast, 0)
         runs.append(
             synthesise(
                 adapter,
@@ -255,22 +258,36 @@ def synth(
                 # Strength 1 is the feature at its own threshold.
                 steering=steering_vectors(directions, delta * np.linalg.norm(directions, axis=1)),
                 strengths=settings.strengths,
-                n={i: math.ceil(settings.explore * share[i]) for i in asked.tolist()},
-                m={i: math.ceil(settings.contrast * share[i]) for i in asked.tolist()},
+                n=explore,
+                m=contrast,
                 few_shot=settings.examples,
                 openings={
                     i: [o for span in spans[i][: settings.examples] if (o := span.opening())] for i in asked.tolist()
                 },
                 seed=experiment.seed,
+                options=make_options(
+                    settings,
+                    adapter,
+                    targets=targets,
+                    evaluation=corpora.get("evaluation", ()),
+                    spans=spans,
+                    background=background,
+                ),
             )
         )
     if not runs:
         raise TransferError(f"No arm asks {writer} for a feature that labelled anchor texts activate.")
+    info: dict[str, Any] = {
+        label: part.info for label, part in zip((r.candidates[0].label for r in runs), runs, strict=True) if part.info
+    }
+    if folded:
+        info["folded"] = True
     run = dataclasses.replace(
         runs[0],
         pool="all arms",
         n_requested=len(ids),
         candidates=tuple(c for part in runs for c in part.candidates),
+        info=info,
     )
     for name, other in adapters.items():
         if name != writer:

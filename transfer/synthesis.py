@@ -2,42 +2,66 @@
 
 Step 1 explores: n candidates a feature, spread over steering strengths; the one that activates the feature most
 becomes x+, the one that activates it least x−. Step 2 writes m candidates conditioned on that pair. Every text of
-either step is judged by the same rules, and every one is kept in the result with its lineage and its verdict.
+either step is judged by the same rules, and every one is kept in the result with its lineage and its verdict. A search
+of the strength before step 1, and further rounds for features that got nothing, are options; so are thresholds in
+other spaces.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
-from models.generators import Generator, Prompt
-from transfer.core.console import progress
+from models.generators import Generator
 from transfer.core.errors import TransferError
+from transfer.core.formats import get_format
 from transfer.core.outcomes import Candidate, SynthesisRun
-from transfer.core.space import FeatureSet, FeatureSpace
+from transfer.core.space import FeatureSet
 from transfer.coverage import missing_hit_rate
-from transfer.verdicts import Written, fault, judge
+from transfer.drafts import Asked, Loop, Scorer, Target, encode, in_targets
+from transfer.passes import Passes
+from transfer.strength import StrengthSearch
+from transfer.verdicts import Require, judge
 
-_ENCODE_CHUNK = 512
 
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What can be switched on beside the plain loop; the defaults switch on nothing."""
 
-class Scorer(Protocol):
-    """The part of a model adapter that scores texts."""
+    format: str = "query"
+    """Kind of example, see ``transfer.core.formats``."""
+    search: StrengthSearch | None = None
+    """Search the steering strength first; its texts are candidates of step 0."""
+    retries: int = 0
+    """Further rounds for features of which no text was kept."""
+    retry_budget: int | None = None
+    """Texts that all further rounds together may take; None for no cap."""
+    require: Require = "source"
+    """Which thresholds a text must pass."""
+    targets: Sequence[Target] = ()
+    """Spaces that ``require`` looks at; one of those with a match must fire."""
+    protected: Container[str] = ()
+    """What says of a text whether it holds evaluation data."""
+    duplicates: str = "exact"
+    """How near-duplicates are looked for: ``exact`` or ``minhash``."""
+    descriptions: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """What features are about, for generators that are asked in words."""
+    spans: Mapping[int, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """Passages with the firing token marked, likewise."""
 
-    @property
-    def space(self) -> FeatureSpace:
-        """Space of the columns."""
-        ...
-
-    def encode_texts(self, texts: list[str]) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-        """Max over tokens, float32 CSR [texts, n_features], and where (position + 1)."""
-        ...
+    def __post_init__(self) -> None:
+        if self.retries < 0 or (self.retry_budget is not None and self.retry_budget < 0):
+            raise TransferError("Retries and their budget cannot be negative.")
+        if self.require != "source" and not self.targets:
+            raise TransferError(
+                f"The verdict shall require {self.require!r}, but there is no target space.",
+                "Require the source alone, or align a target.",
+            )
 
 
 def synthesise(
@@ -57,11 +81,13 @@ def synthesise(
     openings: Mapping[int, Sequence[str]] | None = None,
     pool: str = "missing",
     seed: int = 0,
+    options: Options | None = None,
 ) -> SynthesisRun:
     """Write texts for features and judge them.
 
-    Generation and scoring run in two big batches, one a step. A feature of which no step-1 text fires takes its
-    strongest anchor text as x+, and its step-2 candidates say so (``fallback``).
+    Generation and scoring run in two big batches, one a step (and as many for every further round, and one for every
+    strength that is tried in a search). A feature of which no text so far fires takes its strongest anchor text as
+    x+, and its step-2 candidates say so (``fallback``).
 
     Args:
         adapter: Scores texts in the space of ``features``.
@@ -73,8 +99,8 @@ def synthesise(
         anchor_texts: Texts (anchor, seed) that a candidate may not repeat.
         steering: What strength 1 adds to the residual stream *of the generator's model*, float32
             [n_features, d_model], such as ``steering_vectors(...)``; None for no steering.
-        strengths: Steering strengths, spread over the candidates of step 1. Step 2 stays near the strength that
-            wrote x+.
+        strengths: Steering strengths, spread over the candidates of step 1 (with a search, its grid). Step 2 stays
+            near the strength that wrote x+.
         n: Candidates of step 1 a feature, one number or one for each feature.
         m: Candidates of step 2; 0 for the one-step ablation.
         few_shot: Examples in a prompt.
@@ -82,10 +108,12 @@ def synthesise(
             counterpart, for a base model, of the paper's instruction to keep the activated span).
         pool: How the features were chosen: ``missing`` or ``random``.
         seed: Decides examples and sampling.
+        options: What is switched on beside that; what it did and counted is in the result's ``info``.
 
     Raises:
         TransferError: When spaces differ, a feature has no label or no example, or there is nothing to do.
     """
+    options = options or Options()
     adapter.space.check(features.space, "The feature set to write for")
     adapter.space.check(missing.space, "The missing set")
     ids = [int(i) for i in features.features]
@@ -102,31 +130,54 @@ def synthesise(
         )
     if not generator.steerable or steering is None:
         strengths, steering = (0.0,), None
-    loop = _Loop(adapter, generator, dict(zip(ids, features.labels, strict=True)), delta, steering, seed)
+        if options.search:
+            raise TransferError(f"{generator.name} is not steered, so no strength can be searched.", "Switch it off.")
+    asked = {
+        i: Asked(label, options.descriptions.get(i, ""), tuple(options.spans.get(i, ())))
+        for i, label in zip(ids, features.labels, strict=True)
+    }
+    before_replies = Counter(getattr(generator, "counts", {}))
+    loop = Loop(adapter, generator, asked, delta, steering, get_format(options.format))
+    spans = openings or {}
+    run = Passes(loop, examples, few_shot, {i: spans.get(i, ()) for i in ids}, tuple(strengths), seed)
+    if options.search:
+        run.search(ids, options.search)
+    run.write(ids, explore, contrast, 0)
 
-    def asked(feature: int, step: int, strengths: Sequence[float], total: int, pair: _Pair | None) -> list[_Request]:
-        spans = (openings or {}).get(feature, ())
-        made = []
-        for j in range(total):
-            rng = np.random.default_rng([seed, feature, step, j])
-            shots = _few(examples[feature], few_shot, rng)
-            opening = spans[(j // 2) % len(spans)] if spans and j % 2 else ""
-            # Pairs of candidates, one free and one opened, share a strength.
-            strength = strengths[(j // 2 if spans else j) % len(strengths)]
-            made.append(_Request(feature, step, strength, 1, shots, int(rng.integers(2**31)), pair, opening))
-        return made
+    known = list(anchor_texts)
+    targets = options.targets if options.require != "source" else ()
 
-    first = loop.write([r for i in ids for r in asked(i, 1, strengths, explore[i], None)])
+    def verdicts() -> tuple[list[str], dict[str, dict[int, tuple[float, float]]]]:
+        found = in_targets(run.drafts, targets)
+        judged = judge(
+            loop.written(run.drafts, found),
+            known,
+            require=options.require,
+            protected=options.protected,
+            duplicates=options.duplicates,
+        )
+        return judged, found
 
-    requests = [
-        r
-        for feature, pair in _pairs(first, loop.scores, ids, examples).items()
-        for r in asked(feature, 2, _near(sorted(set(strengths)), pair.strength), contrast[feature], pair)
-    ]
-    drafts = first + (loop.write(requests) if requests else [])
+    judged, found = verdicts()
+    rounds: list[dict[str, int]] = []
+    left = options.retry_budget
+    for again in range(1, options.retries + 1):
+        got = {d.request.feature for d, v in zip(run.drafts, judged, strict=True) if v == "kept"}
+        barren = [i for i in ids if i not in got]
+        if left is not None:
+            costs = np.cumsum([explore[i] + contrast[i] for i in barren])
+            barren = barren[: int(np.searchsorted(costs, left, side="right"))]
+        if not barren:
+            break
+        before = len(run.drafts)
+        run.write(barren, explore, contrast, again)
+        judged, found = verdicts()
+        made = len(run.drafts) - before
+        left = None if left is None else left - made
+        recovered = {d.request.feature for d, v in zip(run.drafts, judged, strict=True) if v == "kept"} - got
+        rounds.append({"n_features": len(barren), "n_candidates": made, "n_recovered": len(recovered)})
 
-    verdicts = _judge(drafts, loop.scores, delta, anchor_texts)
-    kept_docs = loop.rows([d.text for d, v in zip(drafts, verdicts, strict=True) if v == "kept"])
+    kept_docs = loop.rows([d.text for d, v in zip(run.drafts, judged, strict=True) if v == "kept"])
     n_hit, _ = missing_hit_rate(missing, kept_docs, delta)
     return SynthesisRun(
         source=adapter.space.id,
@@ -134,10 +185,12 @@ def synthesise(
         pool=pool,
         n_requested=len(ids),
         candidates=tuple(
-            _candidate(d, v, loop, adapter.space.id, delta) for d, v in zip(drafts, verdicts, strict=True)
+            loop.candidate(d, v, {space: scores[i][0] for space, scores in found.items() if i in scores})
+            for i, (d, v) in enumerate(zip(run.drafts, judged, strict=True))
         ),
         n_missing=len(missing),
         n_hit=n_hit,
+        info=_info(options, run, rounds, ids, targets, Counter(getattr(generator, "counts", {})) - before_replies),
     )
 
 
@@ -168,7 +221,7 @@ def score_targets(run: SynthesisRun, target: Scorer, mapping: Mapping[int, int])
         The same run with ``target_scores[target.space.id]`` filled for kept candidates of matched features.
     """
     rows = [i for i, c in enumerate(run.candidates) if c.verdict == "kept" and c.feature in mapping]
-    docs, place = _encode(target, (run.candidates[i].text for i in rows), "score in the target")
+    docs, place = encode(target, (run.candidates[i].text for i in rows), "score in the target")
     out = list(run.candidates)
     for i in rows:
         c = out[i]
@@ -213,200 +266,32 @@ def margin(candidate: Candidate) -> float:
     return candidate.score / candidate.delta if candidate.delta > 0 else candidate.score
 
 
-# --- the loop -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pair:
-    positive: str
-    negative: str
-    strength: float | None
-    """Strength that wrote x+; None for an anchor text."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    feature: int
-    step: int
-    strength: float
-    n: int
-    examples: tuple[str, ...]
-    seed: int
-    pair: _Pair | None = None
-    opening: str = ""
-
-
-@dataclass(frozen=True)
-class _Draft:
-    request: _Request
-    attempt: int
-    text: str
-    prompt_hash: str
-
-    @property
-    def fault(self) -> str:
-        return fault(self.text)
-
-
-class _Loop:
-    """Generation and scoring, with the codes of every text seen."""
-
-    def __init__(
-        self,
-        adapter: Scorer,
-        generator: Generator,
-        labels: dict[int, str],
-        delta: np.ndarray,
-        steering: np.ndarray | None,
-        seed: int,
-    ) -> None:
-        if len(delta) != adapter.space.n_features:
-            raise TransferError(f"{len(delta)} thresholds for the {adapter.space.n_features} features of the space.")
-        self.adapter, self.generator, self.labels, self.steering, self.seed = adapter, generator, labels, steering, seed
-        self._docs: list[sp.csr_matrix] = []
-        self._place: dict[str, int] = {}
-        self.scores: dict[tuple[int, str], float] = {}
-        """g_i(x) by feature and text."""
-
-    def write(self, requests: list[_Request]) -> list[_Draft]:
-        prompts = [
-            Prompt(
-                examples=r.examples,
-                n=r.n,
-                seed=r.seed,
-                steer=None if self.steering is None else self.steering[r.feature],
-                strength=r.strength,
-                contrast=(r.pair.positive, r.pair.negative) if r.pair else None,
-                opening=r.opening,
-            )
-            for r in requests
-        ]
-        answers = self.generator.generate(prompts)
-        if len(answers) != len(prompts) or any(len(a) != r.n for a, r in zip(answers, requests, strict=False)):
-            raise TransferError(f"{self.generator.name} did not answer every prompt with as many texts as asked.")
-        tried: Counter[int] = Counter()
-        drafts = []
-        for request, prompt, texts in zip(requests, prompts, answers, strict=True):
-            key = prompt.hash(self.generator.name)
-            for text in texts:
-                drafts.append(_Draft(request, tried[request.feature], " ".join(text.split()), key))
-                tried[request.feature] += 1
-        self._score(drafts)
-        return drafts
-
-    def _score(self, drafts: list[_Draft]) -> None:
-        fine = [d for d in drafts if d.fault not in ("empty", "unparsable")]
-        docs, place = _encode(self.adapter, (d.text for d in fine if d.text not in self._place), "score")
-        if place:
-            offset = len(self._place)
-            self._place |= {text: offset + i for text, i in place.items()}
-            self._docs.append(docs)
-        if fine:
-            every = _stack(self._docs)
-            rows, columns = [self._place[d.text] for d in fine], [d.request.feature for d in fine]
-            values = np.asarray(every[rows, columns]).ravel()
-            self.scores |= {(d.request.feature, d.text): float(v) for d, v in zip(fine, values, strict=True)}
-
-    def rows(self, texts: list[str]) -> sp.csr_matrix:
-        """Codes of texts that were scored."""
-        if not texts:
-            return sp.csr_matrix((0, self.adapter.space.n_features), dtype=np.float32)
-        return _stack(self._docs)[[self._place[t] for t in texts]]
-
-
-def _encode(scorer: Scorer, texts: Iterable[str], label: str) -> tuple[sp.csr_matrix, dict[str, int]]:
-    """Codes of the distinct texts, and the row of each."""
-    distinct = list(dict.fromkeys(texts))
-    parts = [sp.csr_matrix((0, scorer.space.n_features), dtype=np.float32)]
-    with progress(label, len(distinct), "texts") as advance:
-        for begin in range(0, len(distinct), _ENCODE_CHUNK):
-            part = distinct[begin : begin + _ENCODE_CHUNK]
-            docs = scorer.encode_texts(part)[0]
-            if docs.shape != (len(part), scorer.space.n_features):
-                raise TransferError(f"Scoring {len(part)} texts in {scorer.space.id} gave a {docs.shape} matrix.")
-            parts.append(docs)
-            advance(len(part))
-    return _stack(parts), {text: row for row, text in enumerate(distinct)}
-
-
-def _stack(parts: list[sp.csr_matrix]) -> sp.csr_matrix:
-    return cast(sp.csr_matrix, sp.vstack(parts, format="csr"))
-
-
-def _near(strengths: list[float], best: float | None) -> list[float]:
-    """The strength that wrote x+ first, then its neighbours; all of them when x+ is an anchor text."""
-    if best is None:
-        return strengths
-    at = strengths.index(best)
-    return [best, *strengths[at + 1 : at + 2], *strengths[max(at - 1, 0) : at]]
-
-
-def _few(texts: Sequence[str], k: int, rng: np.random.Generator) -> tuple[str, ...]:
-    """``k`` examples out of the ``2k`` strongest, the strongest of them last."""
-    top = [t for t in dict.fromkeys(" ".join(t.split()) for t in texts) if t][: 2 * k]
-    chosen = sorted(rng.permutation(len(top))[:k], reverse=True)
-    return tuple(top[i] for i in chosen)
-
-
-def _pairs(
-    drafts: list[_Draft],
-    scores: dict[tuple[int, str], float],
+def _info(
+    options: Options,
+    run: Passes,
+    rounds: list[dict[str, int]],
     ids: list[int],
-    examples: Mapping[int, Sequence[str]],
-) -> dict[int, _Pair]:
-    """x+ and x− of every feature."""
-    by_feature: dict[int, list[tuple[float, _Draft]]] = {i: [] for i in ids}
-    for d in drafts:
-        if not d.fault:
-            by_feature[d.request.feature].append((scores[d.request.feature, d.text], d))
-    pairs = {}
-    for feature, scored in by_feature.items():
-        best = max(scored, key=lambda x: x[0], default=None)
-        worst = min(scored, key=lambda x: x[0], default=None)
-        if best and best[0] > 0:
-            positive, strength = best[1].text, best[1].request.strength
-        else:
-            positive, strength = " ".join(examples[feature][0].split()), None
-        negative = worst[1].text if worst and worst[1].text != positive else ""
-        pairs[feature] = _Pair(positive, negative, strength)
-    return pairs
-
-
-def _judge(
-    drafts: list[_Draft], scores: dict[tuple[int, str], float], delta: np.ndarray, anchor_texts: Iterable[str]
-) -> list[str]:
-    written = [
-        Written(
-            text=d.text,
-            feature=d.request.feature,
-            score=scores.get((d.request.feature, d.text), 0.0),
-            delta=float(delta[d.request.feature]),
-            shown=(*d.request.examples, d.request.pair.positive if d.request.pair else ""),
-        )
-        for d in drafts
-    ]
-    return judge(written, anchor_texts)
-
-
-def _candidate(draft: _Draft, verdict: str, loop: _Loop, space: str, delta: np.ndarray) -> Candidate:
-    request, pair = draft.request, draft.request.pair
-    lineage: dict[str, Any] = {}
-    if pair:
-        lineage = dict(positive=pair.positive, negative=pair.negative, fallback=pair.strength is None)
-    return Candidate(
-        source=space,
-        generator=loop.generator.name,
-        feature=request.feature,
-        step=request.step,
-        attempt=draft.attempt,
-        text=draft.text,
-        label=loop.labels[request.feature],
-        score=loop.scores.get((request.feature, draft.text), 0.0),
-        delta=float(delta[request.feature]),
-        seed=request.seed,
-        prompt_hash=draft.prompt_hash,
-        verdict=verdict,
-        strength=request.strength,
-        opening=request.opening,
-        **lineage,
-    )
+    targets: Sequence[Target],
+    replies: Counter[str],
+) -> dict[str, Any]:
+    """What the options did; nothing where none is on."""
+    info: dict[str, Any] = {}
+    if options.format != "query":
+        info["format"] = options.format
+    if run.found:
+        info["strength_search"] = run.found.summary()
+    if options.retries:
+        info["retries"] = rounds
+    if options.require != "source":
+        matched = {i for t in targets for i in ids if i in t.mapping}
+        info["require"] = {
+            "rule": options.require,
+            "targets": [t.scorer.space.id for t in targets],
+            "n_matched": len(matched),
+            "n_by_source_alone": len(ids) - len(matched),
+        }
+    if options.duplicates != "exact":
+        info["duplicates"] = options.duplicates
+    if replies:
+        info["replies"] = dict(sorted(replies.items()))
+    return info

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-import numpy as np
+from transfer.core.errors import TransferError
+from transfer.duplicates import DUPLICATES, NEAR, jaccard, shingles, words
 
-VERDICTS = ("kept", "empty", "unparsable", "too_short", "repetitive", "copy", "below_threshold", "duplicate")
-"""After ``kept``, the reasons of rejection in the order in which they are looked for."""
+VERDICTS = (
+    "kept",
+    "empty",
+    "unparsable",
+    "malformed",
+    "too_short",
+    "repetitive",
+    "contaminated",
+    "copy",
+    "below_threshold",
+    "below_target",
+    "duplicate",
+)
+"""After ``kept``, the reasons of rejection in the order in which they are looked for.
+
+``malformed``: the fields of a structured example do not fit its format. ``contaminated``: it shares a passage with the
+evaluation data. ``below_target``: the source's feature fires as required, the matched feature of every target does not.
+"""
+Require = Literal["source", "target", "either", "both"]
+"""Where a text must pass the threshold: the feature it was written for, its match in a target space, or a mixture.
+
+A feature without a match in any target space is judged by the source alone: nothing else can be asked of it.
+"""
 MIN_WORDS = 3
-NEAR = 0.6
-"""Texts whose word 5-grams have a larger Jaccard index than this are near-duplicates."""
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 @dataclass(frozen=True)
@@ -28,101 +46,89 @@ class Written:
     delta: float
     shown: tuple[str, ...]
     """The examples that its prompt showed."""
+    malformed: str = ""
+    """What is wrong with the fields of a structured example."""
+    targets: tuple[tuple[float, float], ...] = field(default=())
+    """(activation, threshold) of the matched feature, for each target space that has one."""
 
 
 def fault(text: str) -> str:
     """What is wrong with the form of a text: one of ``VERDICTS``, or empty when nothing is."""
-    words = _words(text)
+    found = words(text)
     if not text.strip():
         return "empty"
-    if not words or "\ufffd" in text or not all(c.isprintable() for c in text):
+    if not found or "\ufffd" in text or not all(c.isprintable() for c in text):
         return "unparsable"
-    if len(words) < MIN_WORDS:
+    if len(found) < MIN_WORDS:
         return "too_short"
     # Strong steering makes a model stutter: one word fills over a third of the text, or most words are repeats.
-    most = Counter(words).most_common(1)[0][1]
-    if len(words) >= 6 and (most > max(2, len(words) / 3) or len(set(words)) < 0.5 * len(words)):
+    most = Counter(found).most_common(1)[0][1]
+    if len(found) >= 6 and (most > max(2, len(found) / 3) or len(set(found)) < 0.5 * len(found)):
         return "repetitive"
     return ""
 
 
-def judge(written: Sequence[Written], known_texts: Iterable[str]) -> list[str]:
+def passes(written: Written, require: Require = "source") -> str:
+    """The threshold that a text fails, ``below_threshold`` or ``below_target``; empty when it passes."""
+    source = written.score > written.delta
+    if require == "source" or not written.targets:
+        return "" if source else "below_threshold"
+    target = any(score > delta for score, delta in written.targets)
+    if require == "either":
+        return "" if source or target else "below_threshold"
+    if require == "both" and not source:
+        return "below_threshold"
+    return "" if target else "below_target"
+
+
+def judge(
+    written: Sequence[Written],
+    known_texts: Iterable[str],
+    *,
+    require: Require = "source",
+    protected: Container[str] = (),
+    duplicates: str = "exact",
+) -> list[str]:
     """The verdict on each text.
 
     Args:
         written: Texts with their scores.
         known_texts: Texts that may not be repeated.
+        require: Which thresholds count.
+        protected: Whatever says of a text whether it holds evaluation data, such as ``Contamination``.
+        duplicates: How near-duplicates are looked for: ``exact`` or ``minhash``.
 
     Returns:
         One of ``VERDICTS`` each. Of two near-duplicates that pass everything else, the one that ranks higher among
         the texts of its own feature is kept.
+
+    Raises:
+        TransferError: For an unknown requirement or way of looking.
     """
-    known = NearDuplicates(known_texts)
+    if require not in get_args(Require):
+        raise TransferError(f"Unknown requirement {require!r}.", f"Known: {', '.join(get_args(Require))}.")
+    if duplicates not in DUPLICATES:
+        raise TransferError(f"Unknown search for duplicates {duplicates!r}.", f"Known: {', '.join(DUPLICATES)}.")
+    known = DUPLICATES[duplicates](known_texts)
     verdicts = [""] * len(written)
     passing: dict[int, list[tuple[float, int]]] = {}
     for i, w in enumerate(written):
         wrong = fault(w.text)
+        if w.malformed and wrong not in ("empty", "unparsable"):
+            wrong = "malformed"
         if wrong:
             verdicts[i] = wrong
+        elif w.text in protected:
+            verdicts[i] = "contaminated"
         elif w.text in known or any(jaccard(shingles(w.text), shingles(x)) > NEAR for x in w.shown):
             verdicts[i] = "copy"
-        elif not w.score > w.delta:
-            verdicts[i] = "below_threshold"
+        elif below := passes(w, require):
+            verdicts[i] = below
         else:
             passing.setdefault(w.feature, []).append((-w.score, i))
-    taken = NearDuplicates()
+    taken = DUPLICATES[duplicates]()
     for _, i in sorted((rank, i) for group in passing.values() for rank, (_, i) in enumerate(sorted(group))):
         verdicts[i] = "duplicate" if written[i].text in taken else "kept"
         if verdicts[i] == "kept":
             taken.add(written[i].text)
     return verdicts
-
-
-class NearDuplicates:
-    """Texts seen so far, searched by the Jaccard index of their word 5-grams.
-
-    Exact (no false negatives): two sets with an index of at least t share a member among the first
-    ``|s| − ⌈t|s|⌉ + 1`` of each in one fixed order, so only these are indexed. A text of fewer than five words is
-    one single gram. Case, punctuation and white space do not count.
-    """
-
-    def __init__(self, texts: Iterable[str] = (), *, limit: float = NEAR) -> None:
-        self.limit = limit
-        self._sets: list[frozenset[int]] = []
-        self._where: dict[int, list[int]] = {}
-        for text in texts:
-            self.add(text)
-
-    def add(self, text: str) -> None:
-        """Remember a text."""
-        grams = shingles(text)
-        for gram in self._prefix(grams):
-            self._where.setdefault(gram, []).append(len(self._sets))
-        self._sets.append(grams)
-
-    def __contains__(self, text: str) -> bool:
-        grams = shingles(text)
-        seen = {i for gram in self._prefix(grams) for i in self._where.get(gram, ())}
-        return any(jaccard(grams, self._sets[i]) > self.limit for i in seen)
-
-    def _prefix(self, grams: frozenset[int]) -> list[int]:
-        return sorted(grams)[: len(grams) - int(np.ceil(self.limit * len(grams) - 1e-9)) + 1]
-
-
-def shingles(text: str) -> frozenset[int]:
-    """Hashes of the word 5-grams; empty for a text without words."""
-    words = _words(text)
-    if not words:
-        return frozenset()
-    grams = (" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4)))
-    return frozenset(int.from_bytes(hashlib.blake2b(g.encode(), digest_size=8).digest()) for g in grams)
-
-
-def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
-    """Shared part of two sets; 0 when both are empty."""
-    union = len(a | b)
-    return len(a & b) / union if union else 0.0
-
-
-def _words(text: str) -> list[str]:
-    return [m.group().casefold() for m in _WORD.finditer(text)]

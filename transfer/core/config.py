@@ -144,6 +144,7 @@ class SynthSection(Section):
 
     batch: int = Field(64, ge=1, description="Texts written at once.")
     features: int = Field(24, ge=1, description="Features asked for per arm.")
+    steps: Literal[1, 2] = Field(2, description="1 spends the candidates of both steps on exploration (the ablation).")
     explore: int = Field(2, ge=2, description="Candidates of step 1 per feature and label in a full arm.")
     contrast: int = Field(2, ge=1, description="Candidates of step 2 per feature and label in a full arm.")
     strengths: tuple[float, ...] = Field(
@@ -154,6 +155,47 @@ class SynthSection(Section):
     temperature: float = Field(0.8, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
     budget: int = Field(40, ge=2, description="Synthetic examples each arm adds to the seed data.")
+
+    generator: Literal["steered", "guided", "chat"] = Field(
+        "steered",
+        description="steered: the model itself, steered; guided: its SAE also weighs every token; chat: `chat`.",
+    )
+    guide: float = Field(4.0, ge=0, description="Guided: nats that one threshold's worth of activation weighs.")
+    guide_tokens: int = Field(16, ge=1, description="Guided: tokens compared at each step.")
+    chat: str = Field("", description="Chat model: local:<model reference> or http(s)://…/v1#<model>.")
+    chat_key: str = Field("", description="Environment variable with the key of the chat endpoint.")
+    per_request: int = Field(4, ge=1, description="Texts of one feature asked of the chat model at once.")
+    format: Literal["query", "preference", "ab", "instruction"] = Field(
+        "query", description="Kind of example; all but query need a chat model."
+    )
+    search: bool = Field(False, description="Search the steering strength of each feature before step 1.")
+    probes: int = Field(6, ge=1, description="Strengths the search tries at most, those of `strengths` among them.")
+    search_features: int = Field(8, ge=1, description="Features that strengths are tried on.")
+    perplexity_cap: float = Field(
+        2.0, ge=1, description="Largest median perplexity of steered texts, relative to unsteered ones."
+    )
+    retries: int = Field(0, ge=0, description="Further rounds for features of which no text was kept.")
+    retry_budget: int | None = Field(None, ge=0, description="Texts all further rounds may take per label; no cap.")
+    require: Literal["source", "target", "either", "both"] = Field(
+        "source", description="Where a text must fire: the feature, its match in a target, either, or both."
+    )
+    duplicates: Literal["exact", "minhash"] = Field("exact", description="How near-duplicates are looked for.")
+    decontaminate: int = Field(
+        0, ge=0, description="Texts that share this many words in a row with an evaluation text are out; 0: not looked."
+    )
+    allow_harmful: bool = Field(
+        False, description="Write texts of a harmful class from your own data (see transfer/safety.py)."
+    )
+
+    @model_validator(mode="after")
+    def _generator_fits(self) -> SynthSection:
+        if self.generator == "chat" and not self.chat:
+            raise ValueError("synth.generator is chat, but synth.chat names no model")
+        if self.format != "query" and self.generator != "chat":
+            raise ValueError(f"synth.format {self.format} needs synth.generator: chat")
+        if self.search and self.generator == "chat":
+            raise ValueError("synth.search looks for a steering strength, and a chat model is not steered")
+        return self
 
 
 class TuneSection(Section):

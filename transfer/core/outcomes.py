@@ -112,7 +112,7 @@ class Candidate:
     generator: str
     feature: int
     step: int
-    """1 = exploration, 2 = contrast-conditioned."""
+    """0 = search of the strength, 1 = exploration, 2 = contrast-conditioned."""
     attempt: int
     text: str
     label: str
@@ -135,6 +135,12 @@ class Candidate:
     """x+ is an anchor text, because no text of step 1 activated the feature."""
     target_scores: dict[str, float] = field(default_factory=dict)
     """Per target space id: activation of the matched feature there."""
+    round: int = 0
+    """0 in the first pass, then which retry of its feature it belongs to."""
+    record: dict[str, str] = field(default_factory=dict)
+    """Fields of a structured example (a preference pair and so on), of which ``text`` is what the SAE read."""
+    detail: str = ""
+    """What exactly was wrong, where the verdict alone does not say it."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ class SynthesisRun:
     """Missing features the hit rate refers to."""
     n_hit: int
     """Of these, how many some kept text activates above its threshold."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What the options that were switched on did and counted; empty with all of them off."""
 
     def __post_init__(self) -> None:
         for c in self.candidates:
@@ -184,6 +192,7 @@ class SynthesisRun:
             "n_hit": self.n_hit,
             "n_missing": self.n_missing,
             "rejected": self.rejected(),
+            **({"info": self.info} if self.info else {}),
         }
 
     def save(self, path: Path) -> None:

@@ -1,0 +1,126 @@
+"""A configuration makes the generator and the options that it names, and the stage keeps the gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.adapter import Adapter
+from models.chat import Answer, Chat
+from transfer import stages
+from transfer.core.config import SynthSection, load_experiment
+from transfer.core.errors import TransferError
+from transfer.core.space import FeatureSet
+from transfer.core.texts import Text
+from transfer.drafts import Target
+from transfer.explain import Span, WordCounts
+from transfer.synthesis import steering_vectors, synthesise
+from transfer.writing import make_chat, make_generator, make_options
+
+SENTENCES = [
+    "How do I bake a chocolate cake without eggs?",
+    "Please write a short poem about the autumn rain in Lisbon.",
+    "What is the capital of Mongolia, and how many people live there?",
+    "Give me three ideas for a birthday present under 20 dollars.",
+]
+
+
+def settings(**values: Any) -> SynthSection:
+    return SynthSection.model_validate({"max_new_tokens": 6, "batch": 8, **values})
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama: Path) -> Adapter:
+    return Adapter.load(f"path:{tiny_llama}", f"path:{tiny_llama}/sae")
+
+
+class Fixed:
+    name = "fixed"
+
+    def complete(self, chats: list[Chat]) -> list[Answer]:
+        return [Answer('["an answer in plain words"]', 1, 1) for _ in chats]
+
+
+def test_each_generator_is_the_one_named(adapter: Adapter) -> None:
+    kinds = {
+        "steered": make_generator(settings(), adapter).name,
+        "guided": make_generator(settings(generator="guided", guide=1.0), adapter).name,
+        "chat": make_generator(settings(generator="chat", chat="local:x"), adapter, chat=Fixed()).name,
+    }
+    assert all(name.startswith(f"{kind}:") for kind, name in kinds.items())
+    pair = make_generator(settings(generator="chat", chat="local:x", format="preference"), adapter, chat=Fixed())
+    assert pair.format_name == "preference"  # type: ignore[attr-defined]
+    for wrong in ("qwen", "http://localhost:1/v1", "ftp://x#y"):
+        with pytest.raises(TransferError, match="Write local:"):
+            make_chat(settings(generator="chat", chat=wrong))
+
+
+def test_options_follow_the_settings(adapter: Adapter) -> None:
+    plain = make_options(settings(), adapter, targets=[Target(adapter, {}, np.zeros(64))], evaluation=[Text("a", "b")])
+    assert plain.search is None and plain.targets == () and plain.protected == () and plain.retries == 0
+    spans = {1: [Span("d", "the red apple tree", 4, 7, 1.0)]}
+    words = WordCounts(["the red apple tree", "a dog"])
+    every = make_options(
+        settings(
+            generator="chat",
+            chat="local:x",
+            require="both",
+            retries=2,
+            retry_budget=9,
+            duplicates="minhash",
+            decontaminate=3,
+        ),
+        adapter,
+        targets=[Target(adapter, {}, np.zeros(64))],
+        evaluation=[Text("a", "one two three four")],
+        spans=spans,
+        background=words,
+    )
+    assert (every.require, every.retries, every.retry_budget, every.duplicates) == ("both", 2, 9, "minhash")
+    assert "zero one two three" in every.protected and len(every.targets) == 1
+    assert every.spans == {1: ["the «red» apple tree"]} and "red" in every.descriptions[1]
+    search = make_options(settings(search=True, perplexity_cap=1.5, probes=4, search_features=3), adapter).search
+    assert search and (search.cap, search.probes, search.features) == (1.5, 4, 3)
+
+
+def test_search_guidance_and_retries_work_together_on_a_model(adapter: Adapter) -> None:
+    docs = adapter.encode_texts(SENTENCES)[0]
+    live = np.flatnonzero(np.asarray((docs > 0).sum(axis=0)).ravel())[:3]
+    asked = FeatureSet(adapter.space, live, "missing", labels=("a",) * len(live))
+    delta = np.full(adapter.space.n_features, 0.01, dtype=np.float32)
+    how = settings(generator="guided", search=True, probes=3, search_features=2, retries=1, guide=5.0)
+    directions = adapter.dictionary.directions()
+
+    def once() -> Any:
+        return synthesise(
+            adapter,
+            make_generator(how, adapter),
+            asked,
+            {int(i): SENTENCES for i in live},
+            delta,
+            missing=asked,
+            anchor_texts=SENTENCES,
+            steering=steering_vectors(directions, 1.0),
+            strengths=(0.0, 2.0),
+            n=2,
+            m=1,
+            few_shot=2,
+            options=make_options(how, adapter),
+        )
+
+    made = once()
+    assert made == once()
+    assert {c.step for c in made.candidates} == {0, 1, 2} and len(made.info["strength_search"]["tried"]) <= 3
+    assert sum(made.rejected().values()) + len(made.kept) == len(made.candidates)
+    assert {c.feature for c in made.candidates if c.step == 0} < set(live.tolist())
+
+
+def test_the_stage_refuses_harmful_classes_before_it_begins(tmp_path: Path) -> None:
+    experiment = load_experiment("demo", ["data.source=mine.jsonl"])
+    nothing: Any = None
+    with pytest.raises(TransferError, match="allow_harmful"):
+        stages.synth("llama", nothing, nothing, nothing, nothing, nothing, nothing, tmp_path / "out", experiment)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,131 @@
+"""The generator and the options that a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from models.adapter import Adapter
+from models.chat import ChatModel
+from models.generators import Generator
+from models.steered import SteeredGenerator
+from transfer.core.config import SynthSection
+from transfer.core.errors import TransferError
+from transfer.core.texts import Text
+from transfer.core.workers import Workers
+from transfer.drafts import Target
+from transfer.duplicates import Contamination
+from transfer.explain import Span, WordCounts, describe
+from transfer.strength import StrengthSearch
+from transfer.synthesis import Options
+
+
+def make_generator(
+    settings: SynthSection, adapter: Adapter, pool: Workers | None = None, chat: ChatModel | None = None
+) -> Generator:
+    """The generator that writes for the features of ``adapter``.
+
+    Args:
+        settings: What is asked for.
+        adapter: Model and SAE whose features are asked for; ``steered`` and ``guided`` write with that model.
+        pool: Worker processes, for local generators.
+        chat: The chat model of a ``chat`` generator; by default the one that the settings name.
+
+    Raises:
+        TransferError: When the chat model cannot be used.
+    """
+    if settings.generator == "chat":
+        from models.chat_generator import ChatGenerator
+
+        return ChatGenerator(
+            chat or make_chat(settings),
+            format_name=settings.format,
+            per_request=settings.per_request,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+    common: dict[str, Any] = dict(
+        model=adapter.space.model,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        batch_size=settings.batch,
+        chunk=settings.batch,
+        executor=pool.executor if pool else None,
+    )
+    if settings.generator == "guided":
+        from models.guided import GuidedGenerator
+
+        return GuidedGenerator(adapter, weight=settings.guide, candidates=settings.guide_tokens, **common)
+    return SteeredGenerator(adapter.language, adapter.space.layer, **common)
+
+
+def make_chat(settings: SynthSection) -> ChatModel:
+    """The chat model that ``synth.chat`` names.
+
+    Raises:
+        TransferError: For a reference of no known kind.
+    """
+    ref = settings.chat
+    if ref.startswith("local:"):
+        from models.local_chat import LocalChat
+
+        from models.language import LanguageModel
+
+        return LocalChat(LanguageModel.load(ref.removeprefix("local:")))
+    address, _, model = ref.partition("#")
+    if not address.startswith(("http://", "https://")) or not model:
+        raise TransferError(
+            f"synth.chat is {ref!r}.", "Write local:<model reference> or http(s)://<address>/v1#<model>."
+        )
+    from models.cache import AnswerCache
+    from models.endpoint import Endpoint
+
+    from transfer.core.config import runs_folder
+
+    cache = AnswerCache(runs_folder() / ".store" / "answers.sqlite")
+    return Endpoint(address, model, cache=cache, key_variable=settings.chat_key)
+
+
+def make_options(
+    settings: SynthSection,
+    adapter: Adapter,
+    *,
+    targets: Sequence[Target] = (),
+    evaluation: Iterable[Text] = (),
+    spans: Mapping[int, Sequence[Span]] | None = None,
+    background: WordCounts | None = None,
+) -> Options:
+    """The options that the settings switch on.
+
+    Args:
+        settings: What is asked for.
+        adapter: The model that steering is searched for; it says how usual the texts are.
+        targets: Spaces that the verdict may require.
+        evaluation: Texts to keep out.
+        spans: Per feature, where it fires; for generators that are asked in words.
+        background: Words of the corpus, for the descriptions made from the spans.
+    """
+    search = None
+    if settings.search:
+        from models.fluency import log_perplexity
+
+        search = StrengthSearch(
+            log_perplexity(adapter.language),
+            cap=settings.perplexity_cap,
+            probes=settings.probes,
+            features=settings.search_features,
+        )
+    asked = spans if spans and settings.generator == "chat" else {}
+    return Options(
+        format=settings.format,
+        search=search,
+        retries=settings.retries,
+        retry_budget=settings.retry_budget,
+        require=settings.require,
+        targets=targets if settings.require != "source" else (),
+        protected=Contamination((t.text for t in evaluation), settings.decontaminate) if settings.decontaminate else (),
+        duplicates=settings.duplicates,
+        descriptions={i: describe(s, background) for i, s in asked.items()} if background else {},
+        spans={i: [span.marked() for span in s[: settings.examples]] for i, s in asked.items()},
+    )
