@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.test_endpoint import Reply, completion, serving
 from transfer.core.errors import TransferError
