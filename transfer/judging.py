@@ -72,8 +72,17 @@ def judge_inputs(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def relevant_by_chat(store: ActivationStore, anchor: Corpus, experiment: Experiment, folder: Path) -> FeatureSet:
-    """The relevant features as the experiment's language model judges them; answers are kept in ``folder``.
+def relevant_by_chat(
+    store: ActivationStore, anchor: Corpus, experiment: Experiment, folder: Path, *, always_on: float = 0.5
+) -> FeatureSet:
+    """The relevant features as the experiment's language model judges them.
+
+    Args:
+        store: Activations.
+        anchor: The anchor's texts.
+        experiment: Its ``judge`` section names the model, the rubric and the least label.
+        folder: Where answers are kept.
+        always_on: Features firing on more than this share of the texts are not judged.
 
     Raises:
         TransferError: As the model; the same call continues with what was not answered yet.
@@ -88,5 +97,6 @@ def relevant_by_chat(store: ActivationStore, anchor: Corpus, experiment: Experim
             load_rubric(settings.rubric),
             settings,
             min_support=experiment.cover.min_docs,
+            always_on=always_on,
             seed=experiment.seed,
         )
