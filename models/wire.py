@@ -33,9 +33,10 @@ def read_answer(response: httpx.Response) -> tuple[Answer, bool]:
         finish = {"length": "length", "content_filter": "refused"}.get(choice.get("finish_reason"), "stop")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise NoAnswer(f"the answer is no chat completion ({type(error).__name__}: {error})") from None
-    told = isinstance(n_prompt, int) and isinstance(n_written, int) and min(n_prompt, n_written) >= 0
-    counts = (n_prompt, n_written) if told else (0, 0)
-    return Answer("" if finish == "refused" else text, *counts, finish), told
+    text = "" if finish == "refused" else text
+    if isinstance(n_prompt, int) and isinstance(n_written, int) and min(n_prompt, n_written) >= 0:
+        return Answer(text, n_prompt, n_written, finish), True
+    return Answer(text, 0, 0, finish), False
 
 
 def server_message(response: httpx.Response, key: str = "") -> str:
