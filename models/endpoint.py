@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import email.utils
 import os
 import random
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from models.budget import Budget
 from models.cache import AnswerCache
 from models.chat import Answer, Chat, Usage
+from models.wire import NoAnswer, read_answer, retry_after, server_message
 from transfer.core.console import progress
 from transfer.core.errors import StageError, TransferError
 from transfer.core.keys import digest
@@ -38,10 +38,6 @@ HINTS = {
 }
 ALL_REFUSED = 8
 """Requests refused before the first answer after which the rest are not tried."""
-
-
-class _Lost(Exception):
-    """The connection broke after sending, or what came back is no answer."""
 
 
 @dataclass
@@ -238,7 +234,7 @@ class Endpoint:
                     self._keep(chat, answer)
                     return answer
                 problem, pause = answer
-            except _Lost as error:
+            except NoAnswer as error:
                 # It may have been worked on and billed: the cap has to count it.
                 problem, taken = str(error), bound
                 self._lose(bound)
@@ -279,7 +275,7 @@ class Endpoint:
         """One try: the answer, or what was wrong and the pause that the server asked for.
 
         Raises:
-            _Lost: When the request may have been paid for without an answer.
+            NoAnswer: When the request may have been paid for without an answer.
             TransferError: When no further try can help.
         """
         import httpx
@@ -289,16 +285,16 @@ class Endpoint:
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
             return f"no connection ({_said(error)})", None
         except httpx.TimeoutException:
-            raise _Lost(f"no answer within {self.timeout:g} s") from None
+            raise NoAnswer(f"no answer within {self.timeout:g} s") from None
         except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL) as error:
             raise TransferError(f"{self.base_url} cannot be asked ({_said(error)}).", "Check the address.") from None
         except (httpx.TransportError, httpx.DecodingError) as error:
-            raise _Lost(f"the connection broke ({_said(error)})") from None
+            raise NoAnswer(f"the connection broke ({_said(error)})") from None
         if response.status_code == 200:
-            return self._read(response, chat)
-        said = self._message(response)
+            return self._paid(response, chat)
+        said = server_message(response, self._key)
         if response.status_code in RETRIED and not said.startswith("insufficient_quota"):
-            return said, _retry_after(response.headers.get("retry-after"))
+            return said, retry_after(response.headers.get("retry-after"))
         if response.status_code in REFUSED:
             self._refusal = self._refusal or said
             return Answer("", 0, 0, "refused")
@@ -317,28 +313,14 @@ class Endpoint:
         }
         return {**{k: v for k, v in body.items() if k not in self.omit}, **self.extra}
 
-    def _read(self, response: httpx.Response, chat: Chat) -> Answer:
-        """The answer in a response.
-
-        Raises:
-            _Lost: When there is none.
-        """
-        try:
-            data = response.json()
-            choice = data["choices"][0]
-            text = choice["message"]["content"] or ""
-            if not isinstance(text, str):
-                raise TypeError("the content is no text")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Lost(f"the answer is no chat completion ({type(error).__name__}: {error})") from None
-        usage = data.get("usage") or {}
-        n_prompt, n_written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if not (isinstance(n_prompt, int) and isinstance(n_written, int) and min(n_prompt, n_written) >= 0):
-            n_prompt, n_written = chat.bound(), chat.max_tokens
-            with _counting:
-                self.usage.n_unreported += 1
-        finish = {"length": "length", "content_filter": "refused"}.get(choice.get("finish_reason"), "stop")
-        return Answer("" if finish == "refused" else text, n_prompt, n_written, finish)
+    def _paid(self, response: httpx.Response, chat: Chat) -> Answer:
+        """The answer in a response; where its tokens are not told, the most they can be is taken."""
+        answer, told = read_answer(response)
+        if told:
+            return answer
+        with _counting:
+            self.usage.n_unreported += 1
+        return replace(answer, n_prompt=chat.bound(), n_written=chat.max_tokens)
 
     def _keep(self, chat: Chat, answer: Answer) -> None:
         """Count an answer, and write it down if it was paid for."""
@@ -361,45 +343,14 @@ class Endpoint:
             self.usage.n_lost += sum(bound)
             self.usage.cost += self.budget.cost(*bound)
 
-    def _message(self, response: httpx.Response) -> str:
-        """What the server said, short and without the key."""
-        try:
-            data = response.json()
-            error = data.get("error", data)
-            if isinstance(error, dict):
-                said = error.get("message") or error.get("detail") or error.get("error") or ""
-                said = f"{error['code']}, {said}" if isinstance(error.get("code"), str) else str(said)
-            else:
-                said = str(error)
-        except (ValueError, AttributeError):
-            said = response.text
-        said = " ".join(said.split())
-        if self._key:
-            said = said.replace(self._key, "…")
-        return f"{said[:200].rstrip('.')} (status {response.status_code})".strip()
-
 
 _counting = threading.Lock()
 
 
 def _repeated(answer: Answer) -> Answer:
     """A second use of one answer."""
-    return Answer(answer.text, answer.n_prompt, answer.n_written, answer.finish, cached=True)
+    return replace(answer, cached=True)
 
 
 def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, in either of its forms; None when absent or unreadable."""
-    if not value:
-        return None
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
-        return None

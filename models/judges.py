@@ -226,7 +226,7 @@ class Agreement:
     n_unread: int
     """Features left out because one of them could not be read."""
     kappa: float
-    """Cohen's κ of the four labels; NaN where it is undefined (both always say the same one label)."""
+    """Cohen's κ of the four labels; NaN where it is undefined (nothing could be read, or one label throughout)."""
     weighted: float
     """κ with quadratic weights: near misses count little."""
     binary: float
@@ -241,7 +241,7 @@ def agreement(first: Judged, second: Judged, threshold: str = "Maybe") -> Agreem
     """Compare the task labels of two judges (Cohen 1960; weights of Cohen 1968).
 
     Raises:
-        TransferError: When they judged by different rubrics, or have no feature in common that both could judge.
+        TransferError: When they judged by different rubrics, or no feature in common.
     """
     import numpy as np
     from sklearn.metrics import cohen_kappa_score, confusion_matrix
@@ -250,10 +250,10 @@ def agreement(first: Judged, second: Judged, threshold: str = "Maybe") -> Agreem
         raise TransferError(f"The judges used different rubrics: {first.rubric} and {second.rubric}.")
     theirs = {v.feature: v for v in second.verdicts}
     pairs = [(v, theirs[v.feature]) for v in first.verdicts if v.feature in theirs]
-    read = [(rank(a.label), rank(b.label)) for a, b in pairs if UNPARSABLE not in (a.label, b.label)]
-    if not read:
+    if not pairs:
         raise TransferError(f"{first.judge} and {second.judge} judged no feature in common.")
-    one, other = (np.array(x) for x in zip(*read, strict=True))
+    read = [(rank(a.label), rank(b.label)) for a, b in pairs if UNPARSABLE not in (a.label, b.label)]
+    one, other = (np.array(x, dtype=np.int64) for x in (zip(*read, strict=True) if read else ((), ())))
     levels = list(range(len(GRADES)))
 
     def kappa(a: np.ndarray, b: np.ndarray, labels: list[int], weights: str | None = None) -> float:
@@ -262,7 +262,7 @@ def agreement(first: Judged, second: Judged, threshold: str = "Maybe") -> Agreem
         return float(cohen_kappa_score(a, b, labels=labels, weights=weights))
 
     least = rank(threshold)
-    table = confusion_matrix(one, other, labels=levels)
+    table = confusion_matrix(one, other, labels=levels) if read else np.zeros((len(levels), len(levels)))
     return Agreement(
         judges=(first.judge, second.judge),
         n=len(read),
@@ -270,6 +270,6 @@ def agreement(first: Judged, second: Judged, threshold: str = "Maybe") -> Agreem
         kappa=kappa(one, other, levels),
         weighted=kappa(one, other, levels, "quadratic"),
         binary=kappa((one >= least).astype(int), (other >= least).astype(int), [0, 1]),
-        agree=float(np.mean(one == other)),
+        agree=float(np.mean(one == other)) if read else float("nan"),
         table=tuple(tuple(int(x) for x in row) for row in table),
     )

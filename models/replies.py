@@ -12,7 +12,9 @@ from models.prompts import GRADES, PromptText
 
 T = TypeVar("T")
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
-_AROUND = " \t*_`\"'“”[]().:;"
+_MARKS = " \t*_`\"'“”"
+"""Emphasis and quotes around what is said."""
+_AROUND = _MARKS + "[]().:;"
 
 
 def asked_line(text: str, name: str) -> str | None:
@@ -24,19 +26,19 @@ def asked_line(text: str, name: str) -> str | None:
     for line in _THOUGHT.sub("", text).splitlines():
         head, colon, rest = line.partition(":")
         if colon and head.strip(_AROUND + "#->").casefold() == name.casefold():
-            found = rest.strip(_AROUND)
+            found = rest.strip(_MARKS)
     return found
 
 
 def grade(text: str, name: str) -> str | None:
     """One of ``GRADES`` from the asked line, and nothing but it."""
     line = asked_line(text, name)
-    return next((g for g in GRADES if line is not None and line.casefold() == g.casefold()), None)
+    return next((g for g in GRADES if line is not None and line.strip(_AROUND).casefold() == g.casefold()), None)
 
 
 def concept(text: str, name: str) -> str | None:
     """The asked line as a description of at most sixty words; None when it is empty or longer."""
-    line = asked_line(text, name)
+    line = (asked_line(text, name) or "").rstrip(".")
     if not line or line.startswith("<"):
         return None
     return " ".join(line.split()) if len(line.split()) <= 60 else None
@@ -44,8 +46,8 @@ def concept(text: str, name: str) -> str | None:
 
 def numbers(text: str, name: str, n: int) -> frozenset[int] | None:
     """Numbers from 1 to ``n`` in the asked line; None when something else stands there."""
-    line = asked_line(text, name)
-    if line is None or not line:
+    line = (asked_line(text, name) or "").strip(_AROUND)
+    if not line:
         return None
     if line.casefold() == "none":
         return frozenset()

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.test_endpoint import Reply, completion, serving
+from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
 from transfer.explain_cli import explain
+from transfer.judging import judge_inputs, relevant_by_chat
 
 app = typer.Typer()
 app.command()(explain)
@@ -132,3 +133,29 @@ def test_mistakes_are_told_in_a_sentence(
 ) -> None:
     with pytest.raises(TransferError, match=re.escape(sentence)):
         run(experiment, monkeypatch, *options)
+
+
+def test_a_served_model_can_choose_the_relevant_features(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transfer.pipeline import Pipeline
+
+    run(experiment, monkeypatch, "--model", "a", "--features", "0", "--quiet")
+    with serving(obedient) as stub:
+        settings = ["judge.kind=endpoint", f"judge.base_url={stub.url}", "judge.model=m", "judge.spans=2"]
+        judged = load_experiment(experiment / "tiny.yaml", settings)
+        pipeline = Pipeline(judged, experiment / "runs", [])
+        found = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, experiment / "cache")
+        n = len(stub.bodies)
+        assert len(found) > 0 and n == 3 * len(found) and set(found.labels) <= {"harmful", "benign"}
+        again = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, experiment / "cache")
+        assert again.to_dict() == found.to_dict() and len(stub.bodies) == n
+
+
+def test_only_what_decides_relevance_is_part_of_the_key(experiment: Path) -> None:
+    def inputs(*settings: str) -> dict[str, Any]:
+        return judge_inputs(load_experiment(experiment / "tiny.yaml", [f"judge.{s}" for s in settings]))
+
+    assert inputs() == inputs("model=m") == {} != inputs("test=auroc")
+    served = inputs("kind=endpoint", "model=m")
+    assert served == inputs("kind=endpoint", "model=m", "concurrency=2", "max_tokens=9")
+    for change in ("model=n", "rubric=survival", "threshold=Yes", "spans=3"):
+        assert inputs("kind=endpoint", "model=m", change) != served

@@ -21,7 +21,7 @@ from transfer.core.errors import TransferError
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
 from transfer.detection import auroc, balanced_accuracy, chat_detection, description_terms, quizzes, word_detection
-from transfer.explain import Material, explain
+from transfer.explain import Material, explain, judged_relevance
 from transfer.statistical import StatisticalJudge
 
 SUBJECTS = ("knife", "bomb", "cake", "garden", "poem", "train", "island", "kitten")
@@ -237,6 +237,16 @@ def test_a_chat_judge_explains_and_is_quizzed(tmp_path: Path) -> None:
     assert summary["counts"]["explain_asked"] == 8 and summary["labels"] == {"Yes": 2, "No": 6}
     shown = " ".join(c.messages[1][1] for c in model.asked if "\nConcept:" in c.messages[1][1])
     assert not any(t.text in shown for t in material.heldout)  # nobody is shown what he is scored on
+
+
+def test_a_chat_judge_can_say_what_is_relevant(tmp_path: Path) -> None:
+    store, corpus = world(tmp_path)
+    anchor = corpus.split("anchor")
+    rubric = load_rubric("toxicity")
+    found = judged_relevance(store, anchor, ChatJudge(ScriptedChat(knows)), rubric, SETTINGS)
+    assert found.features.tolist() == [0, 1] and found.labels == ("harmful", "harmful")
+    assert found.descriptions[0] == "texts about the knife" and found.scores is not None
+    assert "8 features judged, 0 unread, 1 dead, 1 always-on" in found.why and rubric.hash in found.judge
 
 
 # --- the lens ---

@@ -68,6 +68,7 @@ def test_numbers_are_read_strictly() -> None:
 
 def test_a_concept_is_one_line_of_words() -> None:
     assert concept("…\nConcept:  words  about paint ", "Concept") == "words about paint"
+    assert concept('**Concept:** "paint (not dye)."', "Concept") == "paint (not dye)"
     assert concept("Concept: <at most twenty words, or unclear>", "Concept") is None
     assert concept("Concept: " + "word " * 61, "Concept") is None and concept("paint", "Concept") is None
 
@@ -176,7 +177,9 @@ def test_kappa_by_hand() -> None:
     with pytest.raises(TransferError, match="different rubrics"):
         agreement(first, judged(["Yes"], "other"))
     with pytest.raises(TransferError, match="no feature in common"):
-        agreement(judged(["unparsable"]), judged(["Yes"]))
+        agreement(judged([]), judged(["Yes"]))
+    unread = agreement(judged(["unparsable", "No"]), judged(["Yes", "unparsable"]))
+    assert (unread.n, unread.n_unread, sum(map(sum, unread.table))) == (0, 2, 0) and math.isnan(unread.kappa)
 
 
 # --- a local model ---

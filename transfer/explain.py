@@ -14,10 +14,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from models.detector import ChatReader
-from models.judges import Case, Judge, Judged
+from models.judges import UNPARSABLE, Case, Judge, Judged, rank
 from models.rubric import Rubric
 from transfer.associations import associate, false_discovery
 from transfer.core.config import JudgeSection
+from transfer.core.console import say
 from transfer.core.errors import TransferError
 from transfer.core.files import plain, replacing, write_json
 from transfer.core.keys import SCHEMA, digest
@@ -25,6 +26,7 @@ from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.span import Span
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
+from transfer.coverage import alive
 from transfer.detection import ChatDetection, WordDetection, chat_detection, description_terms, word_detection
 from transfer.relevance import judge_relevance, majority_labels
 from transfer.spans import Spans, top_spans
@@ -36,10 +38,12 @@ __all__ = [
     "Span",
     "WordCounts",
     "associate",
+    "cases_of",
     "describe",
     "explain",
     "false_discovery",
     "judge_relevance",
+    "judged_relevance",
     "majority_labels",
     "top_spans",
 ]
@@ -97,28 +101,39 @@ class Material:
     def cases(
         self, features: Sequence[int], settings: JudgeSection, promotes: Mapping[int, Sequence[str]] | None = None
     ) -> tuple[list[Case], list[int]]:
-        """What judges see of each feature, and the features that fire on no shown text.
+        """What judges see of each feature, from the shown texts; see ``cases_of``."""
+        return cases_of(self.spans, features, settings, promotes, seed=self.seed)
 
-        Half of the examples are the strongest, half are drawn from all strata of the feature's activation.
-        """
-        n_top = (settings.spans + 1) // 2
-        top = self.spans.top(features, n_top)
-        more = self.spans.stratified(features, strata=settings.spans - n_top or 1, per_stratum=2, seed=self.seed)
-        quiet = self.spans.silent(features, settings.silent, seed=self.seed) if settings.silent else {}
-        cases, silent = [], []
-        for feature in features:
-            if not top[feature]:
-                silent.append(feature)
-                continue
-            shown = list(top[feature])
-            ids = {s.doc_id for s in shown}
-            strata = [s for s in more[feature] if s.doc_id not in ids]
-            # One of each stratum first, the second ones where a stratum's first is among the top already.
-            extra = (strata[::2] + strata[1::2])[: settings.spans - len(shown)]
-            spans = sorted([*shown, *extra], key=lambda s: -s.value)
-            words = tuple((promotes or {}).get(feature, ()))
-            cases.append(Case(feature, tuple(spans), tuple(quiet.get(feature, ())), words))
-        return cases, silent
+
+def cases_of(
+    spans: Spans,
+    features: Sequence[int],
+    settings: JudgeSection,
+    promotes: Mapping[int, Sequence[str]] | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[list[Case], list[int]]:
+    """What judges see of each feature, and the features that fire on none of the texts.
+
+    Half of the examples are the strongest, half are drawn from all strata of the feature's activation.
+    """
+    n_top = (settings.spans + 1) // 2
+    top = spans.top(features, n_top)
+    more = spans.stratified(features, strata=settings.spans - n_top or 1, per_stratum=2, seed=seed)
+    quiet = spans.silent(features, settings.silent, seed=seed) if settings.silent else {}
+    cases, silent = [], []
+    for feature in features:
+        if not top[feature]:
+            silent.append(feature)
+            continue
+        ids = {s.doc_id for s in top[feature]}
+        strata = [s for s in more[feature] if s.doc_id not in ids]
+        # One of each stratum first, the second ones where a stratum's first is among the top already.
+        extra = (strata[::2] + strata[1::2])[: settings.spans - len(ids)]
+        shown = sorted([*top[feature], *extra], key=lambda s: -s.value)
+        words = tuple((promotes or {}).get(feature, ()))
+        cases.append(Case(feature, tuple(shown), tuple(quiet.get(feature, ())), words))
+    return cases, silent
 
 
 def _share(text: str, seed: int) -> float:
@@ -262,4 +277,58 @@ def explain(
         chats=chats,
         silent=tuple(silent),
         threshold=settings.threshold,
+    )
+
+
+def judged_relevance(
+    store: ActivationStore,
+    corpus: Corpus,
+    judge: Judge,
+    rubric: Rubric,
+    settings: JudgeSection,
+    *,
+    min_support: int = 3,
+    always_on: float = 0.5,
+    seed: int = 0,
+) -> FeatureSet:
+    """The task-relevant features F as a judge sees them, in place of ``relevance.judge_relevance`` (as in the paper).
+
+    Every feature that is alive, not always on and fires on enough documents is described, verified and judged: three
+    requests a feature, and it is said how many that are before the first.
+
+    Args:
+        store: Activations.
+        corpus: The anchor's texts.
+        judge: Who judges.
+        rubric: The task.
+        settings: How much is shown, and the least label.
+        min_support: Fewest documents.
+        always_on: Features firing on more than this share of the documents are not judged.
+        seed: Of the examples drawn.
+
+    Returns:
+        Relevant features with their descriptions; the label of each is the class of most of the documents that
+        activate it most, because that is what texts for it will be labelled with, and ``judge`` holds all hashes.
+    """
+    docs = store.docs[store.rows([t.id for t in corpus])]
+    support = np.bincount(docs.indices[docs.data > 0], minlength=store.space.n_features)
+    state = alive(docs, always_on)
+    ids = np.flatnonzero((support >= min_support) & state.mask).tolist()
+    say(f"judge  {store.space.model}  {len(ids)} features, up to {3 * len(ids)} requests to {judge.name}")
+    cases, _ = cases_of(Spans(store, corpus, near=NEAR), ids, settings, seed=seed)
+    judged = judge.judge(cases, rubric)
+    kept = sorted(judged.relevant(settings.threshold), key=lambda v: v.feature)
+    features = np.array([v.feature for v in kept], dtype=np.int64)
+    unread = sum(v.label == UNPARSABLE or v.fit == UNPARSABLE for v in judged.verdicts)
+    return FeatureSet(
+        space=store.space,
+        features=features,
+        why=(
+            f"label and fit {settings.threshold} or better for {rubric.id}; {len(cases)} features judged, {unread} "
+            f"unread, {int(state.dead.sum())} dead, {int(state.always_on.sum())} always-on"
+        ),
+        judge=f"{judged.judge} by {judged.rubric}",
+        labels=tuple(majority_labels(docs, features, [t.label for t in corpus])),
+        scores=np.array([float(rank(v.label)) for v in kept]),
+        descriptions=tuple(v.description for v in kept),
     )

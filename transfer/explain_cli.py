@@ -12,15 +12,12 @@ from transfer.core.errors import TransferError
 from transfer.options import Json, Quiet, command_line
 
 if TYPE_CHECKING:
-    from models.cache import AnswerCache
     from models.chat import ChatModel
     from models.judges import Judge
-    from transfer.core.config import Experiment
     from transfer.explain import Explained, Material
     from transfer.pipeline import Pipeline
 
 KINDS = ("statistical", "endpoint", "local")
-CACHE = "answers.sqlite"
 
 
 def explain(
@@ -80,6 +77,7 @@ def _explained(
     """Run every judge on every model, write the files, and collect the numbers."""
     from models.cache import AnswerCache
     from models.judges import agreement
+    from transfer.judging import CACHE, chat_model
 
     experiment = pipeline.experiment
     out = pipeline.dir.path / "explain"
@@ -148,39 +146,6 @@ def _statistical(pipeline: Pipeline, name: str, material: Material) -> Judge:
         min_support=experiment.cover.min_docs,
         test=experiment.judge.test,
         seed=experiment.seed,
-    )
-
-
-def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> ChatModel:
-    """The language model that the experiment's ``judge`` section names.
-
-    Raises:
-        TransferError: When it names none, or it cannot be used.
-    """
-    settings = experiment.judge
-    if not settings.model:
-        raise TransferError(f"The judge {kind!r} needs a model.", "Name one with --set judge.model=….")
-    if kind == "local":
-        from models.language import LanguageModel
-        from models.local_chat import LocalChat
-
-        return LocalChat(LanguageModel.load(settings.model), batch_size=settings.batch, cache=cache)
-    from models.endpoint import Endpoint
-
-    return Endpoint(
-        settings.base_url,
-        settings.model,
-        cache=cache,
-        key_variable=settings.key_variable,
-        concurrency=settings.concurrency,
-        retries=settings.retries,
-        timeout=settings.timeout,
-        prices=(settings.price_prompt, settings.price_written),
-        max_cost=settings.max_cost,
-        max_tokens=settings.max_tokens,
-        account=experiment.name,
-        limit_field=settings.limit_field,
-        omit=settings.omit,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from transfer.core.errors import TransferError
 
@@ -137,6 +137,11 @@ class JudgeSection(Section):
     max_tokens: int | None = Field(None, ge=0, description="Cap on tokens, over all runs of this experiment.")
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     omit: tuple[str, ...] = Field((), description="Request fields that the server does not take, such as seed.")
+
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _yes_is_a_word(cls, value: Any) -> Any:
+        return "Yes" if value is True else value  # YAML reads a bare Yes as true
 
 
 class SynthSection(Section):
