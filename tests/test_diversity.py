@@ -285,7 +285,6 @@ def test_intervals_hold_the_expected_value(embed: Embedder) -> None:
     """Over many draws of one source, a 95 % interval holds the mean over draws about as often as it says."""
     names = ("distinct_1", "rarefied_1", "entropy_1", "self_bleu", "cosine_distance", "vendi")
     found = [diversity(zipf_texts(24, 1000 + s), embedder=embed, seed=s, n_halves=20) for s in range(60)]
-    # The number of words that rarefied metrics are for follows from the set: fixed here by its mean.
     for name in names:
         values = [f.values[name] for f in found]
         mean = np.mean([v.value for v in values])
@@ -316,6 +315,13 @@ def test_what_is_not_measured_has_a_reason(embed: Embedder) -> None:
     assert none.reasons["distinct_1"] == "too few words in these texts"
     unknown = diversity(["zzz", "yyy", "w1 w2"], embedder=embed)
     assert unknown.n_without_vector == 2 and unknown.reasons["vendi"] == "fewer than two texts have an embedding"
+
+
+def test_a_vocabulary_that_is_too_small_costs_one_metric_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfer.diversity.VOCABULARY", 5)
+    found = diversity(["one two three", "four five six"])
+    assert found.reasons["ead_1"] == "more different words than the vocabulary of 5 that it supposes"
+    assert found.values["distinct_1"].value == 1.0
 
 
 def test_a_tagger_gives_distinct_parts_of_speech() -> None:

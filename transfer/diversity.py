@@ -19,6 +19,7 @@ from transfer.core.stats import Interval
 from transfer.embeddings import Embedder
 from transfer.ngrams import (
     BLEU_ORDER,
+    VOCABULARY,
     Ngrams,
     bleu_tokens,
     distinct,
@@ -243,7 +244,7 @@ class _Prepared:
         found = {
             "distinct_1": distinct(one),
             "distinct_2": distinct(two),
-            "ead_1": expectation_adjusted(one),
+            "ead_1": expectation_adjusted(one) if len(one) <= VOCABULARY else math.nan,
             "rarefied_1": rarefied(one, fewest[0]),
             "rarefied_2": rarefied(two, fewest[1]),
             "entropy_1": entropy(one),
@@ -300,7 +301,7 @@ def _measured(
             ends = (float(low), float(high)) if known else (math.nan, math.nan)
             values[metric] = Interval(float(value), *ends, n, "half-samples" if known else "none")
         else:
-            reasons[metric] = _why_not(metric, embedder, tagger)
+            reasons[metric] = _why_not(metric, texts, embedder, tagger)
     used = np.unique(np.concatenate(texts.cuts))
     return Diversity(
         name=name,
@@ -319,7 +320,9 @@ def _measured(
     )
 
 
-def _why_not(metric: str, embedder: Embedder | None, tagger: Tagger | None) -> str:
+def _why_not(metric: str, texts: _Prepared, embedder: Embedder | None, tagger: Tagger | None) -> str:
+    if metric == "ead_1" and texts.grams[0].ids.max(initial=-1) >= VOCABULARY:
+        return f"more different words than the vocabulary of {VOCABULARY:,} that it supposes"
     if metric == "pos_distinct_2" and tagger is None:
         return NO_TAGGER
     if metric in ("cosine_distance", "semantic_entropy", "vendi"):
