@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports import families, order
+from reports import diversity, families, order
 from reports.load import Row, Run, load_run
 from reports.words import (
     ABSENT,
@@ -173,6 +173,7 @@ def _environment(names: Names) -> Environment:
     environment.globals.update(
         value=value, bracket=bracket, number=number, name=names, arm_name=arm_name, arms=ARMS, max_table=MAX_TABLE
     )
+    environment.globals.update(label=diversity.label, metric_name=metric_name)
     environment.globals.update(control_arms=CONTROL_ARMS, fold=is_sensitive, max_text=MAX_TEXT, absent=ABSENT)
     return environment
 
@@ -211,6 +212,7 @@ def render(run: Run) -> tuple[str, list[Any]]:
         figures.funnel(results["synthesis"], names),
         figures.transfer_matrix(results["transfer"], names),
         figures.comparisons(results["comparisons"], names),
+        diversity.figure(results["diversity_correlations"]),
     ]
     drawn = {d.name: d for d in drawings if d}
     transfer = order.sorted_transfer(results["transfer"])
@@ -239,6 +241,14 @@ def render(run: Run) -> tuple[str, list[Any]]:
         tables=matrix(transfer, order.transfer_columns(transfer)),
         headline={row["metric"] for row in order.headline(transfer)},
         comparisons=order.sorted_comparisons(results["comparisons"]),
+        correlations=diversity.sorted_correlations(results["diversity_correlations"]),
+        sets=diversity.sorted_sets(results["diversity"]),
+        metrics=diversity.shown_metrics(results["diversity"]),
+        unmeasured=diversity.unmeasured(results["diversity"]),
+        embedded_by=diversity.embeddings(results["diversity"]),
+        bounds=diversity.sorted_sets(results["bounds"]),
+        bound_notes=results["bound_notes"],
+        efficiency=diversity.sorted_efficiency(results["efficiency"]),
         examples=examples,
         n_examples=len(details["examples"]),
         shares=families.sorted_shares(results["families"]),

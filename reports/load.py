@@ -30,6 +30,12 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+TEXT_METRICS = _words(
+    "distinct_1 distinct_2 ead_1 rarefied_1 rarefied_2 entropy_1 entropy_2 self_bleu pos_distinct_2 cosine_distance "
+    "semantic_entropy vendi"
+)
+"""In the order shown."""
+DIVERSITY = tuple(f"{metric}{end}" for metric in TEXT_METRICS for end in ("", "_low", "_high"))
 RESULTS: dict[str, Columns] = {
     "alignments": Columns(
         _words("source target method n_matches heldout_corr_median null_corr_median q_value_max"),
@@ -92,6 +98,38 @@ RESULTS: dict[str, Columns] = {
         _words("source target measure value null_mean p_value score n_rows"),
         _words("null_high n_null n_matches"),
         _words("value null_mean p_value score n_rows null_high n_null n_matches"),
+    ),
+    "diversity": Columns(
+        _words("target arm n"),
+        (*_words("writer generator name n_texts n_distinct n_words n_cuts embedding tagger reasons"), *DIVERSITY),
+        (*_words("n n_texts n_distinct n_words n_cuts"), *DIVERSITY),
+    ),
+    "diversity_correlations": Columns(
+        _words("recipe metric predictor statistic within verdict"),
+        _words("pooled pooled_low pooled_high within_low within_high p p_holm n_points n_groups least_to_find"),
+        _words("pooled pooled_low pooled_high within within_low within_high p p_holm n_points n_groups least_to_find"),
+    ),
+    "bounds": Columns(
+        _words("target arm writer kl tv"),
+        _words(
+            "surrogate_tv pinsker bretagnolle_huber tv_from tv_loss n entropy_words entropy_words_low "
+            "entropy_words_high entropy_model entropy_model_low entropy_model_high entropy_texts n_model information "
+            "information_from gap gap_low gap_high gap_absolute transfer vacuous"
+        ),
+        _words(
+            "kl tv surrogate_tv pinsker bretagnolle_huber tv_loss n entropy_words entropy_words_low entropy_words_high "
+            "entropy_model entropy_model_low entropy_model_high entropy_texts n_model information gap gap_low gap_high "
+            "gap_absolute transfer"
+        ),
+        ("vacuous",),
+    ),
+    "bound_notes": Columns(
+        _words("quantity assumes said"), _words("least largest limit n n_vacuous"), _words("least largest limit n")
+    ),
+    "efficiency": Columns(
+        _words("target arm recipe metric score des pes"),
+        _words("generator n_written n_trainable des_low des_high pes_low pes_high"),
+        _words("score des pes n_written n_trainable des_low des_high pes_low pes_high"),
     ),
     "claims": Columns(("sentence",), _words("verdict number low high control anchor"), _words("number low high")),
     "alerts": Columns(_words("level text")),

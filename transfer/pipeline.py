@@ -15,7 +15,7 @@ import yaml
 
 from aligners.calibrate import shuffled
 from models.adapter import Adapter
-from transfer import arms, families, results, stages
+from transfer import arms, families, results, set_diversity, stages
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment
 from transfer.core.console import say
@@ -281,6 +281,21 @@ class Pipeline:
             lambda out: stages.tune(self.adapters, self.datasets, self.corpora, out, self.experiment, self.pool),
         )
 
+    @cached_property
+    def diversity(self) -> Path:
+        """Text diversity and entropy of what each training set adds to the seed data."""
+        return self.dir.stage(
+            "diversity",
+            {
+                "datasets": file_hash(self.datasets / "datasets.json"),
+                **{n: self.corpora[n].hash for n in ("anchor", "seed")},
+                **self._space_inputs(*self.experiment.models),
+                "installed": set_diversity.installed(),
+                "seed": self.experiment.seed,
+            },
+            lambda out: set_diversity.measure(self.datasets, self.adapters, self.corpora, out, self.experiment),
+        )
+
     # Results.
 
     def check(self, until: str) -> None:
@@ -333,8 +348,10 @@ class Pipeline:
             ]
             numbers["coverage"] += read_json(self.datasets / "coverage.json")
             numbers["coverage_contrasts"] = results.coverage_contrasts(numbers["coverage"])
+            numbers["diversity"] = read_json(self.diversity / "diversity.json")
         if rank >= 4:
             numbers.update(results.transfer_table(self.cells, self.experiment))
+            numbers.update(results.theory(numbers, self.cells, self.diversity, self.experiment))
             numbers["alerts"] = results.alerts(numbers, self.stores, self.experiment)
             numbers["limits"] = results.limits(self.experiment)
         return numbers

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from transfer import bound_table, correlations
 from transfer.claims import Comparison, compare, summarise, verdict
 from transfer.core import stats
 from transfer.core.config import Experiment
@@ -47,6 +48,29 @@ def transfer_table(folder: Path, experiment: Experiment) -> dict[str, Any]:
         "comparisons": [c.summary() for c in comparisons],
         "claims": claims([r for r in rows if r.metric == headline], comparisons, experiment),
         "n_leaked": max((c.n_leaked for c in cells), default=0),
+    }
+
+
+def theory(numbers: dict[str, Any], cells: Path, diversity: Path, experiment: Experiment) -> dict[str, Any]:
+    """``diversity_correlations``, ``bounds``, ``bound_notes`` and ``efficiency`` of ``results.json``.
+
+    Args:
+        numbers: With ``coverage``, ``diversity`` and ``transfer``.
+        cells: Folder of the finished grid.
+        diversity: Folder of the stage ``diversity``.
+        experiment: Configuration.
+    """
+    headline = get_task(experiment.tune.task, positive=experiment.data.positive).metrics[0]
+    entropies = read_json(diversity / "entropy.json")
+    weights = {(c.target, c.recipe): c.run.n_trainable for c in load_cells(cells)}
+    largest = {t: max(n for (other, _), n in weights.items() if other == t) for t, _ in weights}
+    bounds, notes = bound_table.bound_table(numbers["coverage"], entropies, largest)
+    written = {(e["target"], e["arm"], e["generator"]): e["n"] for e in entropies}
+    return {
+        "diversity_correlations": correlations.table({experiment.name: numbers}, headline, experiment.seed),
+        "bounds": bounds,
+        "bound_notes": notes,
+        "efficiency": bound_table.efficiency(numbers["transfer"], headline, written, weights),
     }
 
 
