@@ -28,7 +28,7 @@ from transfer.bounds import (
     word_entropy,
 )
 from transfer.core.errors import TransferError
-from transfer.coverage import kl_terms
+from transfer.kl import kl_terms
 from transfer.ngrams import entropy
 
 

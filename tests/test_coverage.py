@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import CoverageReport
 from transfer.core.space import FeatureSet, FeatureSpace
-from transfer.coverage import (
-    DeltaRule,
-    activated,
-    alive,
-    coverage,
-    fires,
-    missing_hit_interval,
-    missing_hit_rate,
-    thresholds,
-)
+from transfer.coverage import alive, coverage, missing_hit_interval, missing_hit_rate
+from transfer.delta import DeltaRule, activated, fires, thresholds
 from transfer.kl import feature_costs, kl_frequency, kl_terms
 
 

@@ -14,19 +14,14 @@ from transfer.core.errors import TransferError
 from transfer.core.files import save_arrays, write_json
 from transfer.core.keys import SCHEMA
 from transfer.core.space import FeatureSpace
+from transfer.core.span import Span
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
-from transfer.coverage import size
-from transfer.explain import (
-    Span,
-    WordCounts,
-    associate,
-    describe,
-    false_discovery,
-    judge_relevance,
-    majority_labels,
-    top_spans,
-)
+from transfer.delta import size
+from transfer.explain import associate, false_discovery
+from transfer.relevance import judge_relevance, majority_labels
+from transfer.spans import top_spans
+from transfer.words import WordCounts, describe
 
 
 def space(n: int) -> FeatureSpace:

@@ -11,7 +11,7 @@ from sklearn.metrics import mutual_info_score, roc_auc_score
 from tests.test_explain import planted, space
 from transfer.associations import associate_auroc, associate_information
 from transfer.core.errors import TransferError
-from transfer.coverage import size
+from transfer.delta import size
 from transfer.relevance import judge_relevance
 
 

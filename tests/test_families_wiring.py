@@ -28,8 +28,8 @@ from transfer.core.errors import TransferError
 from transfer.core.space import FeatureView
 from transfer.corpus import load_corpus
 from transfer.details import _families
-from transfer.explain import WordCounts
 from transfer.pipeline import Pipeline
+from transfer.words import WordCounts
 
 Matches = list[tuple[int, int, float]]
 """(source feature, target feature, q-value)"""

@@ -14,10 +14,11 @@ from transfer import stages
 from transfer.core.config import SynthSection, load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.space import FeatureSet
+from transfer.core.span import Span
 from transfer.core.texts import Text
 from transfer.drafts import Target
-from transfer.explain import Span, WordCounts
 from transfer.synthesis import steering_vectors, synthesise
+from transfer.words import WordCounts
 from transfer.writing import make_chat, make_generator, make_options
 
 SENTENCES = [

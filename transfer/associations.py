@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from transfer.core.errors import TransferError
-from transfer.coverage import size
+from transfer.delta import size
 
 TESTS = ("enrichment", "auroc", "information")
 NULLS = ("permutation", "analytic")

@@ -13,8 +13,12 @@ from transfer.align_cli import align
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
 from transfer.cover_cli import cover
+from transfer.diversity_cli import diversity
+from transfer.explain_cli import explain
+from transfer.fv_cli import fv
 from transfer.models_cli import models
 from transfer.options import Json, Quiet, TextColumn, command_line
+from transfer.synth_cli import synth
 
 QUICK_START = """\
 Does another model have this feature, and can it write the data that yours lacks?
@@ -33,6 +37,8 @@ app.add_typer(zoo, name="zoo")
 app.add_typer(align, name="align")
 app.add_typer(models, name="models")
 app.add_typer(cover, name="cover")
+app.add_typer(synth, name="synth")
+app.add_typer(fv, name="fv")
 
 Config = Annotated[str, typer.Argument(help="Experiment YAML, or a preset name.")]
 Settings = Annotated[list[str], typer.Option("--set", help="Override a key, such as align.reg=0.02; repeatable.")]
@@ -84,6 +90,20 @@ SHOWN = {
     "transfer": ("target", "arm", "source", "recipe", "metric", "mean", "ci_low", "ci_high", "n_seeds"),
     "comparisons": ("target", "recipe", "arm", "control", "delta", "low", "high", "verdict"),
     "claims": ("verdict", "sentence"),
+    "diversity": ("target", "arm", "writer", "n", "distinct_2", "rarefied_2", "self_bleu", "vendi"),
+    "diversity_correlations": (
+        "recipe",
+        "statistic",
+        "predictor",
+        "within",
+        "within_low",
+        "within_high",
+        "p_holm",
+        "verdict",
+    ),
+    "bounds": ("target", "arm", "writer", "kl", "tv", "tv_from", "gap", "transfer"),
+    "bound_notes": ("quantity", "least", "largest", "said"),
+    "efficiency": ("target", "arm", "recipe", "score", "des", "pes"),
 }
 """Columns of the readable form; ``--json`` has all."""
 UNSHOWN = ("coverage_curves",)
@@ -132,9 +152,11 @@ _verb("run", "Every stage, ending with the report; the same command continues an
 _verb("harvest", "Store the sparse SAE activations of the texts, per model.")
 _verb("align", "Match features between all pairs of an experiment's models.", align, "run")
 _verb("cover", "Feature Activation Coverage of the seed data, and the features it lacks.", cover, "run")
-_verb("synth", "Write texts for the missing features, scored by the SAE.")
+_verb("synth", "Write texts for the missing features, scored by the SAE.", synth, "run")
 _verb("tune", "Fine-tune every target on every arm.")
 _verb("eval", "The transfer table: means, intervals, controls, verdicts.")
+app.command()(diversity)
+app.command()(explain)
 
 
 @app.command()

@@ -13,8 +13,8 @@ from transfer.core.errors import TransferError
 from transfer.core.space import FeatureSet
 from transfer.core.stats import mean_interval
 from transfer.core.store import ActivationStore
-from transfer.coverage import alive, live_features, size
-from transfer.delta import DeltaRule, thresholds
+from transfer.coverage import alive, live_features
+from transfer.delta import DeltaRule, size, thresholds
 from transfer.kl import kl_frequency, kl_terms
 from transfer.tally import GROUPS, Tally, tally, tally_store
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from transfer.core.span import Span
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
-from transfer.explain import Span, WordCounts, describe, top_spans
 from transfer.families import ranked
+from transfer.spans import top_spans
+from transfer.words import WordCounts, describe
 
 if TYPE_CHECKING:
     from transfer.pipeline import Pipeline

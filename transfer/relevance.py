@@ -13,7 +13,8 @@ import scipy.sparse as sp
 from transfer.associations import TESTS, Associations, associate, associate_auroc, associate_information
 from transfer.core.errors import TransferError
 from transfer.core.space import FeatureSet, FeatureSpace
-from transfer.coverage import Alive, DeltaRule, alive, fires, thresholds
+from transfer.coverage import Alive, alive
+from transfer.delta import DeltaRule, fires, thresholds
 
 JUDGE = "statistical-1"
 

@@ -22,7 +22,8 @@ from transfer.core.files import read_json, write_json
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.rundir import RunDir
 from transfer.core.space import FeatureSet
-from transfer.coverage import coverage, size
+from transfer.coverage import coverage
+from transfer.delta import size
 from transfer.drafts import Scorer, encode
 from transfer.synthesis import select
 

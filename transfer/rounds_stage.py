@@ -16,12 +16,13 @@ from transfer.core.keys import text_key
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.space import FeatureSet
 from transfer.core.texts import Corpus
-from transfer.explain import WordCounts, top_spans
 from transfer.pipeline import Pipeline
 from transfer.rounds import Rounds, RoundSettings, run_rounds
 from transfer.safety import check_allowed
+from transfer.spans import top_spans
 from transfer.splits import check_corpora
 from transfer.synthesis import steering_vectors, synthesise
+from transfer.words import WordCounts
 from transfer.writing import make_generator, make_options
 
 

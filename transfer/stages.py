@@ -28,10 +28,12 @@ from transfer.coverage import alive, coverage, missing_hit_interval, missing_hit
 from transfer.curves import curves
 from transfer.delta import DeltaRule, check_floor, fires, thresholds
 from transfer.drafts import Target
-from transfer.explain import WordCounts, judge_relevance, top_spans
 from transfer.methods import make_aligner, parameters
+from transfer.relevance import judge_relevance
 from transfer.safety import check_allowed
+from transfer.spans import top_spans
 from transfer.synthesis import score_targets, steering_vectors, synthesise
+from transfer.words import WordCounts
 from transfer.writing import make_generator, make_options
 
 

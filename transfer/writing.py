@@ -11,13 +11,14 @@ from models.generators import Generator
 from models.steered import SteeredGenerator
 from transfer.core.config import SynthSection
 from transfer.core.errors import TransferError
+from transfer.core.span import Span
 from transfer.core.texts import Text
 from transfer.core.workers import Workers
 from transfer.drafts import Target
 from transfer.duplicates import Contamination
-from transfer.explain import Span, WordCounts, describe
 from transfer.strength import StrengthSearch
 from transfer.synthesis import Options
+from transfer.words import WordCounts, describe
 
 
 def make_generator(
@@ -68,9 +69,8 @@ def make_chat(settings: SynthSection) -> ChatModel:
     """
     ref = settings.chat
     if ref.startswith("local:"):
-        from models.local_chat import LocalChat
-
         from models.language import LanguageModel
+        from models.local_chat import LocalChat
 
         return LocalChat(LanguageModel.load(ref.removeprefix("local:")))
     address, _, model = ref.partition("#")
@@ -80,7 +80,6 @@ def make_chat(settings: SynthSection) -> ChatModel:
         )
     from models.cache import AnswerCache
     from models.endpoint import Endpoint
-
     from transfer.core.config import runs_folder
 
     cache = AnswerCache(runs_folder() / ".store" / "answers.sqlite")

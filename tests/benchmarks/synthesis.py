@@ -32,10 +32,11 @@ from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet
 from transfer.core.stats import mean_interval, paired_delta
 from transfer.core.texts import Corpus, Text
-from transfer.coverage import DeltaRule, coverage, missing_hit_rate, thresholds
+from transfer.coverage import coverage, missing_hit_rate
+from transfer.delta import DeltaRule, thresholds
 from transfer.drafts import encode
 from transfer.duplicates import Contamination
-from transfer.explain import judge_relevance
+from transfer.relevance import judge_relevance
 from transfer.strength import StrengthSearch
 from transfer.synthesis import Options, steering_vectors, synthesise
 from transfer.verdicts import Written, judge
