@@ -23,7 +23,7 @@ from transfer.delta import above, size
 GROUPS = 64
 """Groups of a large store; memory is ``GROUPS × features × 8`` bytes for each δ (34 MB at 65,536)."""
 
-BLOCK = 1 << 23
+BLOCK = 6 << 20
 """Codes read at once: a run of one of 64 groups then fits the cache and outweighs the sums that it is added to."""
 WHOLE = 5000
 """Up to this many documents a store may as well be read whole, and drawn document by document."""
@@ -118,7 +118,7 @@ def tally_store(
     """Tallies of a store of any size at several thresholds, in one pass over its shards.
 
     Memory: ``(groups + draws) × n_features × 8`` bytes for each threshold (86 MB at 65,536 features and 100 draws),
-    with draws also five copies of one block of 8 M codes (32 MB each) and its draws of documents.
+    with draws also five copies of one block of 6 to 9 M codes (25 to 38 MB each) and its draws of documents.
 
     Args:
         store: Activations.
