@@ -36,7 +36,8 @@ def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> 
         from models.language import LanguageModel
         from models.local_chat import LocalChat
 
-        return LocalChat(LanguageModel.load(settings.model), batch_size=settings.batch, cache=cache)
+        language = LanguageModel.load(settings.model, dtype=settings.dtype, device=settings.device)
+        return LocalChat(language, batch_size=settings.batch, cache=cache)
     from models.endpoint import Endpoint
 
     return Endpoint(
@@ -64,7 +65,7 @@ def judge_inputs(experiment: Experiment) -> dict[str, Any]:
     settings = experiment.judge
     if settings.kind == "statistical":
         return {} if settings.test == "enrichment" else {"judge": {"test": settings.test}}
-    decisive = ("kind", "model", "threshold", "spans", "silent")
+    decisive = ("kind", "model", "threshold", "spans", "silent", *(("dtype",) if settings.kind == "local" else ()))
     return {
         "judge": {name: getattr(settings, name) for name in decisive},
         "rubric": load_rubric(settings.rubric).id,

@@ -131,6 +131,8 @@ class JudgeSection(Section):
     retries: int = Field(5, ge=0)
     timeout: float = Field(120.0, gt=0, description="Seconds to wait for one answer.")
     batch: int = Field(16, ge=1, description="Rows of a local model's forward pass.")
+    device: str = Field("cpu", description="Where a local model runs, such as cuda.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of a local model's weights.")
     price_prompt: float = Field(0.0, ge=0, description="Currency per million tokens read.")
     price_written: float = Field(0.0, ge=0, description="Currency per million tokens written.")
     max_cost: float | None = Field(None, ge=0, description="Cap in that currency, over all runs of this experiment.")
