@@ -190,6 +190,19 @@ def test_a_search_on_some_features_serves_all() -> None:
     assert StrengthSearch(usual, features=3).tried_on(list(range(9))) == [0, 4, 8]
 
 
+def test_a_search_can_take_the_place_of_step_one() -> None:
+    search = StrengthSearch(usual, probes=3)
+    made = run(strong({0: 1, 1: 2, 2: 9}, 9), strengths=(0.0, 1.0, 2.0), n=0, m=2, options=Options(search=search))
+    assert Counter(c.step for c in made.candidates) == {0: 9, 2: 6}
+    for feature, best in ((0, 1.0), (1, 2.0)):
+        tried = {c.text: c for c in made.candidates if c.feature == feature and c.step == 0}
+        second = [c for c in made.candidates if c.feature == feature and c.step == 2]
+        assert all(tried[c.positive].score == 2 and tried[c.positive].strength == best for c in second)
+    assert all(c.fallback for c in made.candidates if c.feature == 2 and c.step == 2)
+    with pytest.raises(TransferError, match="nothing to write for"):
+        run(strong({0: 1}, 9), ids=(0,), n=0, m=2)
+
+
 def test_a_search_needs_a_steered_generator() -> None:
     still = ScriptedGenerator(strong({0: 1}, 9), steerable=False)
     with pytest.raises(TransferError, match="is not steered"):

@@ -69,13 +69,13 @@ class Passes:
     def write(self, ids: list[int], explore: Mapping[int, int], contrast: Mapping[int, int], again: int) -> None:
         """Both steps once; ``again`` is 0 the first time."""
         first = [r for i in ids for r in self._requests(i, 1, self._tried(i, again), explore[i], None, again)]
-        self.drafts += self.loop.write(first)
+        self.drafts += self.loop.write(first) if first else []
         mine = set(ids)
         pairs = _pairs([d for d in self.drafts if d.request.feature in mine], self.loop.scores, ids, self.examples)
         second = [
             r
             for i, pair in pairs.items()
-            for r in self._requests(i, 2, self._around(pair.strength), contrast[i], pair, again)
+            for r in self._requests(i, 2, self._around(i, pair.strength), contrast[i], pair, again)
         ]
         self.drafts += self.loop.write(second) if second else []
 
@@ -89,9 +89,10 @@ class Passes:
         # The search has found how strong is too strong.
         return (*between, steps[-1] if self.found else steps[-1] * 1.25)
 
-    def _around(self, best: float | None) -> list[float]:
+    def _around(self, feature: int, best: float | None) -> Sequence[float]:
+        """Strengths of step 2: near that of x+; those of step 1 where x+ is an anchor text."""
         if best is None:
-            return self.known
+            return self.strengths[feature] if self.found else self.known
         if self.found:
             best = min(best, self.known[-1])
         return _near(sorted({*self.known, best}), best)

@@ -101,7 +101,8 @@ def synthesise(
             [n_features, d_model], such as ``steering_vectors(...)``; None for no steering.
         strengths: Steering strengths, spread over the candidates of step 1 (with a search, its grid). Step 2 stays
             near the strength that wrote x+.
-        n: Candidates of step 1 a feature, one number or one for each feature.
+        n: Candidates of step 1 a feature, one number or one for each feature; 0 is enough where a search of the
+            strength has written texts to choose x+ and x− from.
         m: Candidates of step 2; 0 for the one-step ablation.
         few_shot: Examples in a prompt.
         openings: Per feature, short anchor spans ending where it fires. Every other candidate starts with one (the
@@ -119,7 +120,8 @@ def synthesise(
     ids = [int(i) for i in features.features]
     explore = {i: n if isinstance(n, int) else n[i] for i in ids}
     contrast = {i: m if isinstance(m, int) else m[i] for i in ids}
-    if not ids or min(explore.values()) < 1 or not strengths:
+    # A search writes first texts of its own.
+    if not ids or min(explore.values()) < (0 if options.search else 1) or not strengths:
         raise TransferError("Synthesis has nothing to write for.", "Give at least one feature, n >= 1 and a strength.")
     if len(features.labels) != len(ids):
         raise TransferError("The features to write for have no labels.", "Judge their relevance first.")

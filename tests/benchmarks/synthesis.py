@@ -156,13 +156,13 @@ class Case:
 def ways(case: Case) -> dict[str, Any]:
     """The ways of writing, ``TEXTS`` texts a feature each; retries come on top and are a row of their own."""
     half = TEXTS // 2
-    # Four strengths tried on a quarter of the features: one text a feature.
-    search = StrengthSearch(log_perplexity(case.adapter.language), probes=4, features=len(case.asked) // 4)
+    # The search takes the place of step 1: each feature writes one text at each fixed strength.
+    search = StrengthSearch(log_perplexity(case.adapter.language), probes=len(FIXED))
     return {
         "one step": lambda: case.write(TEXTS, 0, FIXED),
         "two steps": lambda: case.write(half, half, FIXED),
         "strength 2": lambda: case.write(half, half, (2.0,)),
-        "strength searched": lambda: case.write(half, half - 1, FIXED, search=search),
+        "strength searched": lambda: case.write(0, half, FIXED, search=search),
         "guided": lambda: case.write(half, half, (0.0,), GUIDE, retries=2),
     }
 
