@@ -213,7 +213,8 @@ def test_every_family_learns_repeats_and_loads_again(family, recipe, request, tm
 
 def test_training_on_the_pooled_features_is_training_the_head_with_trl(tiny_llama):
     """The head alone runs on features computed once; TRL's loss on the same steps gives the same weights."""
-    from trl import RewardConfig, RewardTrainer
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
 
     from transfer.tasks import reward_model
 

@@ -111,7 +111,8 @@ def classification(texts: list[str]) -> None:
 def reward(texts: list[str]) -> None:
     """Bradley-Terry through RewardTrainer."""
     from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
 
     backbone = RewardBackbone(kept_language(BASE), BASE)
     pairs = [Pair(str(i), (("user", t),), "Yes, with pleasure.", "No.") for i, t in enumerate(texts)]
@@ -151,7 +152,8 @@ def reward(texts: list[str]) -> None:
 def demonstrations(texts: list[str]) -> None:
     """Answers alone through SFTTrainer."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     from transfer.tasks.chats import answer_ids
 
