@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.chat import Answer
-from models.language import LanguageModel
+from models.language import LanguageModel, kept_language
 from transfer.core.errors import TransferError
 from transfer.recipes import Recipe
 from transfer.tasks import get_task
@@ -314,14 +314,41 @@ def test_ifeval_data_is_covered_but_for_languages(public_data):
 @pytest.mark.parametrize("kind", ["lora", "head"])
 @pytest.mark.parametrize("model", ["zoo:llama", "zoo:mistral", "zoo:qwen"])
 def test_real_data(public_data, tmp_path, model, kind, record_property):
-    """Dolly, 96 demonstrations: the loss of held-out answers falls below the base model's, for every family."""
+    """Dolly, 48 demonstrations: the loss of held-out answers falls below the base model's, for every family."""
     data = Instruction().load(str(public_data / "instruct" / "dolly_3k.jsonl.xz"))
-    short = [d for d in data if len(d.prompt[0][1]) + len(d.answer) < 400]
-    held = Examples("held", tuple(short[96:160]))
-    recipe = Recipe("brief", kind, 1, 2e-3 if kind == "lora" else 1e-3, 8, max_tokens=256)
-    values = []
-    for lr in (1e-12, recipe.lr):
-        tuned, _ = Instruction().fit(model, short[:96], replace(recipe, lr=lr), 0)
-        values.append(Instruction().evaluate(tuned, held, tmp_path / "k.jsonl")[0])
+    short = [d for d in data if len(d.prompt[0][1]) + len(d.answer) < 300]
+    held = Examples("held", tuple(short[48:96]))
+    recipe = Recipe("brief", kind, 1, 2e-3 if kind == "lora" else 1e-3, 8, max_tokens=128)
+    tuned, _ = Instruction().fit(model, short[:48], recipe, 0)
+    base = Tuned(kept_language(model), recipe.max_tokens, frozenset())
+    values = [Instruction().evaluate(m, held, tmp_path / "k.jsonl")[0] for m in (base, tuned)]
     record_property("nats a byte", f"{values[0].value:.4f} -> {values[1].value:.4f} +- {values[1].stderr:.4f}")
     assert values[1].value > values[0].value
+
+
+@pytest.mark.data
+def test_controlled_rates_of_real_preferences_agree_with_the_published_ones(public_data):
+    """AlpacaEval 2: GPT-4-turbo's preferences over 17 models, on the requests whose texts are at hand."""
+    import pandas as pd
+
+    folder = public_data / "nc" / "alpaca_eval"
+    outputs = pd.read_json(folder / "model_outputs.jsonl.xz", lines=True)
+    lengths = outputs["output"].str.len().groupby([outputs["generator"], outputs["idx"]]).first()
+    published = pd.read_csv(public_data / "published" / "weighted_alpaca_eval_gpt4_turbo_leaderboard.csv", index_col=0)
+    ours, raw, theirs, base = [], [], [], []
+    votes = pd.read_json(folder / "preferences.jsonl.xz", lines=True)
+    for name, rows in votes.groupby("generator_2"):
+        pairs = [(n, i) for n in (name, "gpt4_1106_preview") for i in rows["idx"]]
+        sizes = lengths.reindex(pairs).to_numpy().reshape(2, -1).T
+        known = ~np.isnan(sizes).any(axis=1)
+        if str(name) in published.index and known.sum() > 300:
+            found = win_rate(rows["preference"].to_numpy()[known] - 1, sizes[known], draws=20)
+            ours.append(100 * found.controlled)
+            raw.append(100 * found.value)
+            theirs.append(published.loc[str(name), "length_controlled_winrate"])
+            base.append(published.loc[str(name), "win_rate"])
+    assert len(ours) > 10
+    rank = pd.Series(ours).corr(pd.Series(theirs), method="spearman")
+    gap = float(np.mean(np.abs(np.subtract(ours, theirs))))
+    assert np.mean(np.abs(np.subtract(raw, base))) < 4, "the raw rates are of the same preferences, on fewer requests"
+    assert rank > 0.9 and gap < 6, f"rank correlation {rank:.3f}, mean gap {gap:.2f} points"

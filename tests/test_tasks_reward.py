@@ -213,7 +213,8 @@ def test_every_family_learns_repeats_and_loads_again(family, recipe, request, tm
 
 def test_training_on_the_pooled_features_is_training_the_head_with_trl(tiny_llama):
     """The head alone runs on features computed once; TRL's loss on the same steps gives the same weights."""
-    from trl import RewardConfig, RewardTrainer
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
 
     from transfer.tasks import reward_model
 
@@ -267,14 +268,14 @@ def test_long_conversations_are_cut_on_the_left_and_counted(tiny_llama):
 @pytest.mark.parametrize("kind", ["lora", "head"])
 @pytest.mark.parametrize("model", ["zoo:llama", "zoo:mistral", "zoo:qwen"])
 def test_real_data(public_data, tmp_path, model, kind, record_property):
-    """HH-RLHF harmlessness, 100 pairs to train and 100 to judge."""
+    """HH-RLHF harmlessness, 48 pairs to train and 48 to judge: it runs, and says how unsure it is."""
     data = load_pairs(public_data / "preference" / "hh_harmless_test.jsonl.xz")
     task = Reward()
     recipe = Recipe("brief", kind, 1, 1e-3 if kind == "lora" else 1e-2, 8, max_tokens=128)
-    fitted, run = task.fit(model, list(data.rows[:100]), recipe, 0)
-    accuracy = task.evaluate(fitted, Examples("held", data.rows[100:200]), tmp_path / "k.jsonl")[0]
+    fitted, run = task.fit(model, list(data.rows[:48]), recipe, 0)
+    accuracy = task.evaluate(fitted, Examples("held", data.rows[48:96]), tmp_path / "k.jsonl")[0]
     record_property("accuracy", f"{accuracy.value:.3f} +- {accuracy.stderr:.3f}, {run.n_truncated} cut")
-    assert 0 < accuracy.value < 1 and accuracy.n == 100 and run.n_examples == 100
+    assert 0 < accuracy.value < 1 and accuracy.n == run.n_examples == 48
 
 
 @pytest.mark.data

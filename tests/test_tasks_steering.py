@@ -255,7 +255,7 @@ def test_real_data(public_data, tmp_path, model, behaviour, record_property):
     task = Steering(matching=steering_vector.BEHAVIOURS[behaviour], length=1.0)
     made, held = (task.load(str(folder / behaviour / f"{name}.json")) for name in ("generate", "test_dataset_ab"))
     assert len(made) + sum(made.left_out.values()) in (773, 677)
-    steered, _ = task.fit(model, list(made.rows[:100]), RECIPE, 0)
+    steered, _ = task.fit(model, list(made.rows[:40]), RECIPE, 0)
     fresh = Examples(held.name, tuple(c for c in held if c.key not in steered.seen))
     by = {r.metric: r for r in task.evaluate(steered, fresh, tmp_path / "k.jsonl")}
     record_property("layer", steered.layer)

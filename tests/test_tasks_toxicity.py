@@ -118,7 +118,7 @@ def test_real_data(public_data, tmp_path, model, kind, record_property):
     """Surge AI texts: better than chance on texts that the training did not see, for every family."""
     rows = list(load_toxicity(str(public_data / "toxicity" / "surge_toxicity.jsonl"), "surge"))
     task = get_task("toxicity")
-    recipe = Recipe("brief", kind, 3, 3e-3 if kind == "lora" else 1e-2, 16, max_tokens=96, max_steps=40)
+    recipe = Recipe("brief", kind, 3, 3e-3 if kind == "lora" else 1e-2, 16, max_tokens=64, max_steps=30)
     train, held = Corpus("train", tuple(rows[::5])), Corpus("held", tuple(rows[1::5]))
     fitted, _ = task.fit(model, task.examples(train), recipe, 0)
     auprc, auroc, *_ = task.evaluate(fitted, held, tmp_path / "k.jsonl")

@@ -83,5 +83,8 @@ def _read(where: str, row: dict[str, Any]) -> tuple[tuple[tuple[str, str], ...],
 def _turns(value: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(value, str):
         return (("user", value),)
-    said = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in value]
+    said = [
+        (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])  # OpenAI's, or ShareGPT's
+        for turn in value
+    ]
     return tuple((_ROLES.get(role, role), str(words)) for role, words in said)

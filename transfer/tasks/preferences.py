@@ -142,7 +142,10 @@ def _turns(value: Any) -> tuple[Turn, ...]:
             return (("user", value),)
         told = [("user", lead)] if lead.strip() else []
         return (*told, *((_ROLES[who], words.strip()) for who, words in zip(parts[::2], parts[1::2], strict=True)))
-    said = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in value]
+    said = [
+        (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])  # OpenAI's, or ShareGPT's
+        for turn in value
+    ]
     return tuple((_ROLES.get(role, role), str(words)) for role, words in said)
 
 

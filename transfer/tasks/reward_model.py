@@ -150,7 +150,8 @@ def _train(
 ) -> tuple[Any, tuple[float, ...], int]:
     try:
         from datasets import Dataset
-        from trl import RewardConfig, RewardTrainer
+        from trl.trainer.reward_config import RewardConfig
+        from trl.trainer.reward_trainer import RewardTrainer
     except ImportError:
         raise TransferError(
             "Training a reward model needs TRL.", "Run `pip install cross-model-transfer[train]`, or use a head recipe."

@@ -183,7 +183,8 @@ def _train(
 ) -> tuple[Any, tuple[float, ...]]:
     try:
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
     except ImportError:
         raise TransferError(
             "Supervised fine-tuning needs TRL.", "Run `pip install cross-model-transfer[train]`."
