@@ -12,7 +12,7 @@ from transfer.core.errors import TransferError
 from transfer.fv_cli import fv
 
 
-def call(*args: str) -> str:
+def call(*args: str | Path) -> str:
     result = CliRunner().invoke(fv, [str(arg) for arg in args], catch_exceptions=False, standalone_mode=False)
     assert result.exit_code == 0, result.output
     return result.stdout

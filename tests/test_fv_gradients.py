@@ -160,6 +160,46 @@ def test_relevance_is_conserved_below_the_logit(language: LanguageModel) -> None
     assert ((stream * gradient).sum() / logit).item() != pytest.approx(1, rel=1e-2)
 
 
+def test_the_rules_by_hand(language: LanguageModel) -> None:
+    """Gradients on either side of each rule: shares at products, input × gradient kept at norms and activations."""
+    layer = language.family.part(language.model, language.family.layers)[1]
+    inner: dict[str, torch.Tensor] = {}
+    outer: dict[str, torch.Tensor] = {}
+
+    def leaf(tensor: torch.Tensor, name: str) -> torch.Tensor:
+        inner[name] = tensor.detach().requires_grad_()
+        return inner[name]
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        outer[name] = tensor
+
+    ids = torch.tensor([some_prompts(language, n=1).clean[0].ids])
+    projections = {name: getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")}
+    kept = {"norm": layer.post_attention_layernorm, "activation": layer.mlp.act_fn}
+
+    def relevances(names: dict[str, torch.nn.Module], at_input: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        found = {}
+        for name, module in names.items():
+            if at_input:
+                first = module.register_forward_pre_hook(lambda _m, args, name=name: (leaf(args[0], name),))
+            else:
+                first = module.register_forward_hook(lambda _m, _a, out, name=name: leaf(out, name))
+            with lrp(language):
+                last = module.register_forward_hook(lambda _m, _a, out, name=name: keep(name, out))
+                logit = language.model(ids, use_cache=False).logits[0, -1, 7]
+                found[name] = torch.autograd.grad(logit, [inner[name], outer[name]])
+                last.remove()
+            first.remove()
+        return found
+
+    for name, (below, above) in relevances(projections, at_input=False).items():
+        assert above.abs().max() > 0
+        torch.testing.assert_close(below, above * {"q_proj": 0.25, "k_proj": 0.25, "v_proj": 0.5}[name])
+    for name, (below, above) in relevances(kept, at_input=True).items():
+        assert above.abs().max() > 0
+        torch.testing.assert_close(inner[name] * below, outer[name] * above, rtol=1e-5, atol=1e-9)
+
+
 def test_relevance_of_token_sets(language: LanguageModel) -> None:
     prompts = some_prompts(language, n=4).clean
     every, skipped = relevance(language, prompts, max_rank=10_000)

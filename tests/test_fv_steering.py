@@ -17,14 +17,15 @@ from tests.conftest import SENTENCES
 from tests.test_fv_heads import FAMILIES, tiny_language
 from transfer.core.errors import TransferError
 from transfer.function_vectors.answers import answers, steering_with
-from transfer.function_vectors.evaluate import evaluate, seed_item_interval
+from transfer.function_vectors.evaluate import Drawn, draw, evaluate, seed_item_interval
 from transfer.function_vectors.heads import heads_edited
+from transfer.function_vectors.lrp import relevance
 from transfer.function_vectors.scores import HeadScores
 from transfer.function_vectors.select import METHODS, Recipe, induction_scores, prepare, random_like, select
 from transfer.function_vectors.steering import Plan, steered
 from transfer.function_vectors.tasks import Pair, Task, read_tasks
 from transfer.function_vectors.tuning import grid, tune, zero_shot
-from transfer.function_vectors.vectors import FunctionVector, build, moved_outputs, random_deltas
+from transfer.function_vectors.vectors import FunctionVector, build, random_deltas, shuffled_heads
 
 RECIPE = Recipe(shots=3, n_mean=6, n_score=4)
 AGGREGATED, DISTRIBUTED = Plan("aggregated", 1.5, 2), Plan("distributed", 1.5)
@@ -124,13 +125,12 @@ def test_steering_refuses_what_would_do_nothing(language: LanguageModel) -> None
     with pytest.raises(TransferError, match="1 prompt ends are given for 2 rows"):
         ids = torch.tensor([[1, 2], [3, 4]])
         final(language, ids, steered(language, vector.deltas, DISTRIBUTED, at=torch.tensor([1])))
-    for wrong in (
-        dict(mode="aggregated"),
-        dict(mode="distributed", layer=2),
-        dict(mode="distributed", scale=float("nan")),
-    ):
-        with pytest.raises(TransferError):
-            Plan(**wrong)
+    with pytest.raises(TransferError, match="aggregated with layer None"):
+        Plan("aggregated")
+    with pytest.raises(TransferError, match="distributed with layer 2"):
+        Plan("distributed", 1.0, 2)
+    with pytest.raises(TransferError, match="scale is nan"):
+        Plan("distributed", float("nan"))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in language.model.modules())
 
 
@@ -186,6 +186,38 @@ def test_screening_ranks_by_exact_effects(languages: dict[str, LanguageModel]) -
     assert select(language, prompts, "screened", k=4).top(4) == exact.top(4)
 
 
+@pytest.mark.parametrize("method", ["aie", "screened", "attribution", "gradient", "integrated", "norm"])
+def test_the_one_head_that_writes_is_found(method, tmp_path: Path) -> None:
+    """All heads but one are cut off from the stream: nothing else may score."""
+    language = tiny_language("qwen3", tmp_path / "planted")
+    width = 16
+    for layer, mixer in enumerate(language.family.head_mixers(language.model)):
+        for head in range(4):
+            if (layer, head) != (1, 2):
+                mixer.weight.data[:, head * width : (head + 1) * width] = 0
+    prompts = [prepare(language, read_tasks("rule", ["plural"])[0], RECIPE)]
+    values = select(language, [prompts[0]], method, k=4, n_steps=4).values
+    assert abs(values[1, 2]) > 1e-9
+    values[1, 2] = 0
+    assert np.nanmax(np.abs(values)) == 0
+
+
+def test_half_precision_scores_stay_finite(tmp_path: Path) -> None:
+    language = tiny_language("llama", tmp_path / "half")
+    language.model.bfloat16()
+    prompts = [prepare(language, read_tasks("rule", ["copy"])[0], RECIPE)]
+    for method in ("aie", "attribution", "gradient", "integrated", "induction"):
+        assert np.isfinite(select(language, prompts, method, n_steps=3).values).all()
+    scores, _ = relevance(language, prompts[0].scoring.clean, keys="label", max_rank=10_000)
+    assert np.isfinite(scores).all()
+    vector = build(language, prompts[0], random_like(built(language).heads, 4, 0))
+    queries, _ = zero_shot(language, prompts[0].task.pairs[:3], RECIPE.template)
+    plain, changed = (
+        answers(language, queries, s) for s in (None, steering_with(language, vector.deltas, DISTRIBUTED))
+    )
+    assert np.abs(plain.nll - changed.nll).max() > 0
+
+
 def test_instruction_prompts_select_too(language: LanguageModel) -> None:
     recipe = dataclasses.replace(RECIPE, kind="instruction")
     prompts = prepare(language, read_tasks("rule", ["copy"])[0], recipe)
@@ -208,7 +240,7 @@ def test_controls_keep_what_they_should(language: LanguageModel) -> None:
     others = random_like(vector.heads, 4, 0)
     assert sorted(h.layer for h in others) == sorted(h.layer for h in vector.heads)
     assert len({(h.layer, h.head) for h in others}) == len(others)
-    moved = moved_outputs(language, vector, 0)
+    moved = shuffled_heads(language, vector, 0)
     assert np.array_equal(np.any(moved, axis=1), np.any(vector.deltas, axis=1))
     assert np.abs(moved - vector.deltas).max() > 1e-3
 
@@ -237,14 +269,15 @@ def test_evaluation_measures_a_planted_vector(language: LanguageModel) -> None:
     )
     assert len(tuning.tries) == 8 and {t.plan.mode for t in tuning.tries} == {"aggregated", "distributed"}
     other = dataclasses.replace(vector, task="copy", task_hash="other")
-    found = evaluate(language, task, good, tuning, prompts, wrong=other, n=6, texts=SENTENCES[:3], draws=200)
+    drawn = Drawn((0, 1, 2), (good,) * 3, (prompts,) * 3)
+    found = evaluate(language, task, drawn, tuning, wrong=other, n=6, texts=SENTENCES[:3], draws=200)
     plain = found.get("zero_shot")
     assert plain.value < 0.5 and plain.delta == 0
     best = found.get("zero_shot+aggregated")
     assert best.value == 1 and best.low == best.high == 1 and best.delta == 1 - plain.value
     assert found.get("zero_shot+aggregated", "mean_rank").value == 1
     assert found.get("zero_shot+aggregated", "nll").value < found.get("zero_shot", "nll").value
-    for control in ("random_vector", "wrong_task", "random_heads", "moved_heads"):
+    for control in ("random_vector", "wrong_task", "random_heads", "shuffled_heads"):
         assert found.get(f"zero_shot+aggregated/{control}").value < 1
     assert found.get("shuffled_icl+distributed").n_items == 18 and found.n_test == 6
     assert found.side_effects["aggregated"]["kl"] > 0 and found.tried == {"aggregated": 4, "distributed": 4}
@@ -252,9 +285,13 @@ def test_evaluation_measures_a_planted_vector(language: LanguageModel) -> None:
     clean = found.get("clean_icl").value
     assert found.get("clean_icl", items="filtered").n_items == round(18 * clean)
     with pytest.raises(TransferError, match="no interval over seeds"):
-        evaluate(language, task, good, tuning, prompts, seeds=(0, 0, 1))
+        Drawn((0, 0, 1), (good,) * 3, (prompts,) * 3)
     with pytest.raises(TransferError, match="is of task constant"):
-        evaluate(language, read_tasks("rule", ["copy"])[0], good, tuning, prompts)
+        evaluate(language, read_tasks("rule", ["copy"])[0], drawn, tuning)
+    again = draw(language, task, vector, (0, 1, 5))
+    np.testing.assert_allclose(again.vectors[0].deltas, vector.deltas)
+    assert np.abs(again.vectors[1].deltas - vector.deltas).max() > 1e-4
+    assert all(v.heads == vector.heads for v in again.vectors)
 
 
 def test_answers_are_those_of_a_plain_forward(language: LanguageModel) -> None:

@@ -103,7 +103,7 @@ def select(
     show(
         found
         if as_json
-        else "\n".join([*lines, *(f"  layer {h.layer:3} head {h.head:3}  {h.score:+.4f}" for h in top)])
+        else "\n".join([*lines, *(f"  layer {h.layer:3} head {h.head:3}  {h.score:+.3g}" for h in top)])
     )
 
 
@@ -173,8 +173,9 @@ def evaluate(
     set_quiet(quiet or as_json)
     from transfer.core.files import plain, write_json
     from transfer.corpus import load_corpus
+    from transfer.function_vectors.evaluate import draw
     from transfer.function_vectors.evaluate import evaluate as measure
-    from transfer.function_vectors.select import Recipe, prepare
+    from transfer.function_vectors.select import Recipe
     from transfer.function_vectors.tasks import read_tasks
     from transfer.function_vectors.tuning import tune
     from transfer.function_vectors.vectors import FunctionVector
@@ -188,11 +189,11 @@ def evaluate(
     if other is not None:
         other.check(language)
     recipe = Recipe.of(loaded.recipe)
-    prompts = prepare(language, one, recipe)
     valid = one.split(recipe.split_seed)["valid"][:n_valid]
     tuning = tune(language, loaded.deltas, valid, template=recipe.template)
     texts = [text.text for text in load_corpus(corpus).texts[:n_texts]] if n_texts else []
-    found = measure(language, one, loaded, tuning, prompts, wrong=other, seeds=tuple(range(seeds)), n=n, texts=texts)
+    drawn = draw(language, one, loaded, tuple(range(seeds)))
+    found = measure(language, one, drawn, tuning, wrong=other, n=n, texts=texts)
     record = plain({**found.record(), "sweep": tuning.table()})
     write_json(out, record)
     show(record if as_json else _lines(found, out))
@@ -207,6 +208,8 @@ def _lines(found: FVEvaluation, out: Path) -> str:
     for e in found.estimates:
         if e.metric == "top1" and e.items == "all":
             lines.append(f"  {e.condition:38} top-1 {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]")
+    if found.get("clean_icl").high < 0.1:
+        lines.append("  this model does not do the task from demonstrations, so its vector can carry none")
     for mode, kl in found.side_effects.items():
         lines.append(f"  unrelated texts, {mode}: KL {kl['kl']:.3f} nats [{kl['low']:.3f}, {kl['high']:.3f}]")
     lines += [f"  not run: {name} ({why})" for name, why in found.missing.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,19 +12,17 @@ from transfer.core.errors import TransferError
 from transfer.core.stats import bootstrap_counts
 from transfer.function_vectors.answers import Answers, Steer, answers, divergence, steering_with
 from transfer.function_vectors.heads import residual_deltas, shape_of
-from transfer.function_vectors.instructions import instruction_prompts
-from transfer.function_vectors.prompts import Prompt, Template, icl_prompts
-from transfer.function_vectors.select import TaskPrompts, random_like
+from transfer.function_vectors.prompts import Prompt, Template, draft, icl_prompts, usable
+from transfer.function_vectors.select import Recipe, TaskPrompts, prepare, random_like
 from transfer.function_vectors.tasks import Task
 from transfer.function_vectors.tuning import Tuning, zero_shot
-from transfer.function_vectors.vectors import FunctionVector, moved_outputs, random_deltas
+from transfer.function_vectors.vectors import FunctionVector, build, random_deltas, shuffled_heads
 
 if TYPE_CHECKING:
     from models.language import LanguageModel
 
 METRICS = ("top1", "top3", "top5", "mean_rank", "first_nll", "nll")
 CLEAN, SHUFFLED, ZERO, ASKED = "clean_icl", "shuffled_icl", "zero_shot", "instruction"
-CONTROLS = ("wrong_task", "random_vector", "random_heads", "moved_heads")
 
 
 @dataclass(frozen=True)
@@ -82,48 +80,69 @@ class FVEvaluation:
         return asdict(self)
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """One function vector, its head outputs averaged over other prompts for each seed."""
+
+    seeds: tuple[int, ...]
+    vectors: tuple[FunctionVector, ...]
+    prompts: tuple[TaskPrompts, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < 3:
+            raise TransferError(f"{len(set(self.seeds))} seeds give no interval over seeds.", "Use three or more.")
+
+
+def draw(language: LanguageModel, task: Task, vector: FunctionVector, seeds: tuple[int, ...] = (0, 1, 2)) -> Drawn:
+    """Average the outputs of the vector's heads anew for each seed; the layers and scales are not chosen anew.
+
+    Raises:
+        TransferError: With fewer than three seeds, or for a vector of another model.
+    """
+    vector.check(language)
+    recipe = Recipe.of(vector.recipe)
+    prompts = tuple(prepare(language, task, replace(recipe, seed=recipe.seed + seed, n_score=1)) for seed in seeds)
+    vectors = tuple(build(language, entry, vector.heads, method=vector.method) for entry in prompts)
+    return Drawn(tuple(seeds), vectors, prompts)
+
+
 def evaluate(
     language: LanguageModel,
     task: Task,
-    vector: FunctionVector,
+    drawn: Drawn,
     tuning: Tuning,
-    prompts: TaskPrompts,
     *,
     wrong: FunctionVector | None = None,
-    seeds: tuple[int, ...] = (0, 1, 2),
     n: int | None = None,
     texts: list[str] | None = None,
     draws: int = 1000,
 ) -> FVEvaluation:
     """Zero-shot, shuffled and clean in-context prompts and instructions, with and without the vector in both modes.
 
-    Layers and scales come from ``tuning`` for the vector and for all controls. Seeds decide demonstrations, shuffles,
-    instructions and random controls; items are the same for all of them.
+    Layers and scales come from ``tuning`` for the vector and for all controls. Seeds decide the prompts that
+    outputs are averaged over, demonstrations, shuffles, instructions and random controls; heads and items stay.
 
     Args:
         language: The model.
         task: Whose test split is asked.
-        vector: Of this task and model.
+        drawn: The vector of this task and model, averaged anew for each seed.
         tuning: Plans chosen on the validation split.
-        prompts: What the vector was built from; its means make the random-heads control.
         wrong: A vector of another task, with the same heads, as a control.
-        seeds: Three or more.
         n: Test items at most; all when left out.
         texts: Unrelated texts for side effects; none are measured without.
         draws: Of the bootstrap.
 
     Raises:
-        TransferError: With fewer than three seeds, for a vector of another model or task, when no item can be used in
+        TransferError: For a vector of another model or task, when no item can be used in
             all conditions, or when steering leaves every likelihood as it was.
     """
+    vector = drawn.vectors[0]
     vector.check(language)
-    if len(set(seeds)) < 3:
-        raise TransferError(f"{len(set(seeds))} seeds give no interval over seeds.", "Use three or more.")
     if vector.task_hash != task.hash:
         raise TransferError(f"The function vector is of task {vector.task}, evaluated is {task.name} (or other pairs).")
     if wrong is not None and wrong.task_hash == task.hash:
         raise TransferError(f"The wrong-task control of {task.name} is of the same task.")
-    recipe = prompts.recipe
+    recipe = drawn.prompts[0].recipe
     parts = task.split(recipe.split_seed)
     queries = parts["test"][: n or None]
     missing = {} if task.instructions else {ASKED: "the task has no instructions"}
@@ -131,10 +150,10 @@ def evaluate(
         missing["wrong_task"] = "no vector of another task was given"
     lost: dict[str, int] = {}
     runs: list[dict[str, tuple[list[Prompt], Answers]]] = []
-    with progress("function vector", len(seeds), "seeds") as advance:
-        for seed in seeds:
+    with progress("function vector", len(drawn.seeds), "seeds") as advance:
+        for seed, one, prompts in zip(drawn.seeds, drawn.vectors, drawn.prompts, strict=True):
             asked = _prompts(language, task, parts["train"], queries, recipe.shots, seed, recipe.template, lost)
-            steers = _steers(language, vector, tuning, prompts, wrong, seed)
+            steers = _steers(language, one, tuning, prompts, wrong, seed)
             runs.append(_run(language, asked, steers))
             advance(1)
     items = [q.input for q in queries if all(q.input in {p.item for p in found[0]} for found in _all(runs))]
@@ -151,7 +170,7 @@ def evaluate(
         model=language.ref,
         task=task.name,
         vector=vector.id,
-        seeds=tuple(seeds),
+        seeds=drawn.seeds,
         plans={mode: asdict(plan) for mode, plan in tuning.plans.items()},
         tried={mode: sum(t.plan.mode == mode for t in tuning.tries) for mode in tuning.plans},
         estimates=tuple(_estimates(tables, draws)),
@@ -177,10 +196,9 @@ def _prompts(
     shown = icl_prompts(language, train, queries, shots=shots, seed=1000 + seed, template=template)
     found = {ZERO: alone, SHUFFLED: shown.corrupted, CLEAN: shown.clean}
     if task.instructions:
-        words = (task.instructions[seed % len(task.instructions)],)
-        asked = instruction_prompts(language, words, queries, seed=seed, template=template)
-        found[ASKED] = asked.clean
-        _count(lost, asked.dropped)
+        words = task.instructions[seed % len(task.instructions)]
+        found[ASKED], without = usable(language, [draft(template, query, instruction=words) for query in queries])
+        _count(lost, without)
     _count(lost, dropped)
     _count(lost, shown.dropped)
     return found
@@ -211,7 +229,7 @@ def _steers(
         "wrong_task": None if wrong is None else wrong.deltas,
         "random_vector": random_deltas(vector, seed),
         "random_heads": residual_deltas(language, placed).numpy(),
-        "moved_heads": moved_outputs(language, vector, seed),
+        "shuffled_heads": shuffled_heads(language, vector, seed),
     }
     found: dict[str, Steer] = {}
     for mode, plan in tuning.plans.items():
@@ -285,13 +303,13 @@ def seed_item_interval(
         return float("nan"), float("nan"), float("nan")
     kept = np.where(mask > 0, values, 0.0)
     rng = np.random.default_rng([seed, 2])
-    drawn: list[np.ndarray] = []
+    means_by_block: list[np.ndarray] = []
     for counts in bootstrap_counts(values.shape[1], draws, seed):
         top, below = kept @ counts, mask @ counts
         picked = rng.integers(len(values), size=top.shape)
         top, below = (np.take_along_axis(side, picked, axis=0).sum(0) for side in (top, below))
-        drawn.append(top[below > 0] / below[below > 0])
-    means = np.concatenate(drawn)
+        means_by_block.append(top[below > 0] / below[below > 0])
+    means = np.concatenate(means_by_block)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) if len(means) > draws / 2 else (np.nan, np.nan)
     return float(kept.sum() / mask.sum()), float(low), float(high)
 

@@ -44,8 +44,9 @@ class HeadScores:
     n_prompts: tuple[int, ...]
     """Scored, by task."""
     lost: dict[str, int] = field(default_factory=dict)
-    """Prompts that were not, by reason."""
+    """Prompts that were not scored, and entries of task files that were not used, by reason."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """How prompts were made, and the share of labels or instruction tokens that corruption left as they were."""
 
     def __post_init__(self) -> None:
         if self.each.ndim != 3 or len(self.each) != len(self.tasks) or self.spread.shape != self.each.shape:

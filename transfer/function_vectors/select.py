@@ -139,7 +139,14 @@ def select(
                 parts.append(scores)
                 advance(1)
     each, spread, counts = zip(*(_summed(part) for part in parts), strict=True)
-    settings = {"recipe": asdict(prompts[0].recipe), "keys": keys, "k": k if method == "screened" else None}
+    unchanged = {t.task.name: t.scoring.unchanged for t in prompts}
+    lost.update({f"file_entry_{reason}": n for t in prompts for reason, n in t.task.dropped.items()})
+    settings = {
+        "unchanged": unchanged,
+        "recipe": asdict(prompts[0].recipe),
+        "keys": keys,
+        "k": k if method == "screened" else None,
+    }
     return HeadScores(
         model=language.ref,
         model_hash=language.hash,

@@ -140,7 +140,7 @@ def _deltas(language: LanguageModel, places: list[tuple[int, int]], outputs: lis
     return residual_deltas(language, placed).numpy()
 
 
-def moved_outputs(language: LanguageModel, vector: FunctionVector, seed: int) -> np.ndarray:
+def shuffled_heads(language: LanguageModel, vector: FunctionVector, seed: int) -> np.ndarray:
     """Control: the same outputs in the same layers, written through other heads' maps; deltas [layers, d_model].
 
     Raises:
