@@ -326,7 +326,10 @@ def synthesis_rows(
         mine = [row for row, c in enumerate(run.kept) if c.feature in asked]
         hit = np.asarray(fired[mine].sum(axis=0)).ravel()[report.missing.features] > 0
         part = dataclasses.replace(part, n_hit=int(np.count_nonzero(hit)), n_missing=len(report.missing))
-        rows.append({**part.summary(), "source": report.space.model, "generator": run.generator, "writer": writer})
+        low, high = missing_hit_interval(report.missing, codes[mine], delta)
+        interval = {"missing_hit_rate_low": low, "missing_hit_rate_high": high}
+        origin = {"source": report.space.model, "generator": run.generator, "writer": writer}
+        rows.append({**part.summary(), **interval, **origin})
     return rows
 
 
