@@ -16,37 +16,19 @@ import scipy.sparse as sp
 from models.detector import ChatReader
 from models.judges import UNPARSABLE, Case, Judge, Judged, rank
 from models.rubric import Rubric
-from transfer.associations import associate, false_discovery
 from transfer.core.config import JudgeSection
 from transfer.core.console import say
 from transfer.core.errors import TransferError
 from transfer.core.files import plain, replacing, write_json
 from transfer.core.keys import SCHEMA, digest
 from transfer.core.space import FeatureSet, FeatureSpace
-from transfer.core.span import Span
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.coverage import alive
 from transfer.detection import ChatDetection, WordDetection, chat_detection, description_terms, word_detection
-from transfer.relevance import judge_relevance, majority_labels
-from transfer.spans import Spans, top_spans
-from transfer.words import WordCounts, describe
-
-__all__ = [
-    "Explained",
-    "Material",
-    "Span",
-    "WordCounts",
-    "associate",
-    "cases_of",
-    "describe",
-    "explain",
-    "false_discovery",
-    "judge_relevance",
-    "judged_relevance",
-    "majority_labels",
-    "top_spans",
-]
+from transfer.relevance import majority_labels
+from transfer.spans import Spans
+from transfer.words import WordCounts
 
 NEAR = 0.7
 """Word-trigram Jaccard from which two texts count as one when examples are shown."""

@@ -31,6 +31,7 @@ from transfer.core.workers import Workers
 from transfer.delta import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
+from transfer.judging import judge_inputs
 from transfer.splits import check_corpora, load_corpora
 from transfer.tasks import get_task
 
@@ -194,9 +195,10 @@ class Pipeline:
                     "data": self.corpora["seed"].hash,
                     "positive": self.experiment.data.positive,
                     **self._settings("harvest", "cover"),
+                    **judge_inputs(self.experiment),
                     "seed": self.experiment.seed,
                 },
-                lambda out, n=name: stages.cover(stores[n], self.corpora, out, self.experiment),
+                lambda out, n=name: stages.cover(stores[n], self.corpora, out, self.experiment, self.dir.store),
                 name,
             )
             found[name] = (CoverageReport.load(folder / "seed.json"), folder)

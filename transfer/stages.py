@@ -28,6 +28,7 @@ from transfer.coverage import alive, coverage, missing_hit_interval, missing_hit
 from transfer.curves import curves
 from transfer.delta import DeltaRule, check_floor, fires, thresholds
 from transfer.drafts import Target
+from transfer.judging import relevant_by_chat
 from transfer.methods import make_aligner, parameters
 from transfer.relevance import judge_relevance
 from transfer.safety import check_allowed
@@ -146,23 +147,33 @@ def split_docs(store: ActivationStore, corpus: Corpus) -> sp.csr_matrix:
     return store.docs[store.rows([t.id for t in corpus])]
 
 
-def cover(store: ActivationStore, corpora: Mapping[str, Corpus], out: Path, experiment: Experiment) -> None:
-    """Thresholds and relevant features from the anchor; coverage of the seed data against it, and its curves."""
+def cover(
+    store: ActivationStore, corpora: Mapping[str, Corpus], out: Path, experiment: Experiment, answers: Path
+) -> None:
+    """Thresholds and relevant features from the anchor; coverage of the seed data against it, and its curves.
+
+    ``answers`` is the folder in which a language model's answers are kept, where one is the judge.
+    """
     settings = experiment.cover
     anchor, seed = split_docs(store, corpora["anchor"]), split_docs(store, corpora["seed"])
     rule = DeltaRule.parse(settings.delta)
     delta = thresholds(anchor, rule)
     check_floor(store.space, delta, ~alive(anchor).dead)
-    relevant = judge_relevance(
-        store.space,
-        anchor,
-        [t.label for t in corpora["anchor"]],
-        [t.topic for t in corpora["anchor"]] if any(t.topic for t in corpora["anchor"]) else (),
-        delta=delta,
-        fdr=settings.fdr,
-        min_support=settings.min_docs,
-        always_on=settings.always_on,
-    )
+    if experiment.judge.kind == "statistical":
+        relevant = judge_relevance(
+            store.space,
+            anchor,
+            [t.label for t in corpora["anchor"]],
+            [t.topic for t in corpora["anchor"]] if any(t.topic for t in corpora["anchor"]) else (),
+            delta=delta,
+            fdr=settings.fdr,
+            min_support=settings.min_docs,
+            always_on=settings.always_on,
+            test=experiment.judge.test,
+            seed=experiment.seed,
+        )
+    else:
+        relevant = relevant_by_chat(store, corpora["anchor"], experiment, answers, always_on=settings.always_on)
     report = coverage(
         store.space,
         anchor,

@@ -84,7 +84,7 @@ def planted_coverage(
         store, corpora = planted_store(folder, gone, n=n, width=width, docs=docs, k=k, noise=noise, seed=seed)
         experiment = load_experiment("demo", [f"cover.delta={delta}", f"seed={seed}"])
         try:
-            stages.cover(store, corpora, folder / "out", experiment)
+            stages.cover(store, corpora, folder / "out", experiment, folder)
         except TransferError:  # so much noise that nothing is relevant any more
             return {"precision": float("nan"), "recall": 0.0, "fac": float("nan"), "n_relevant": 0.0}
         report = CoverageReport.load(folder / "out" / "seed.json")
