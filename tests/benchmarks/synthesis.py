@@ -42,6 +42,7 @@ from transfer.synthesis import Options, steering_vectors, synthesise
 from transfer.verdicts import Written, judge
 
 MODELS = ("llama", "mistral", "qwen")
+ALL = "all three"
 RULES = ("quantile:0.5", "constant:0", "constant:1", "constant:2", "quantile:0.9")
 TEXTS = 6
 """Texts a feature, of all steps together."""
@@ -223,9 +224,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     known = {r["way"] for r in rows}
     names = [way for way in WAYS if way in known]
-    for model in MODELS:
+    for model in (*MODELS, ALL):
         for way in names:
-            mine = [r for r in rows if r["model"] == model and r["way"] == way]
+            mine = [r for r in rows if model in (r["model"], ALL) and r["way"] == way]
             if not mine:
                 continue
             cells = [_interval([r["hit_rate"][rule] for r in mine]) for rule in RULES]
@@ -246,7 +247,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
             both = [(x, y) for x, y in pairs if x is not None and y is not None]
             delta = paired_delta([x for x, _ in both], [y for _, y in both])
-            cells.append(f"{delta.delta:+.3f} ({delta.low:+.3f} to {delta.high:+.3f}; n {delta.n})")
+            cells.append(f"{delta.delta:+.2f} ({delta.low:+.2f} to {delta.high:+.2f}; n {delta.n})")
         lines.append(f"| {a} − {b} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -256,7 +257,7 @@ def _interval(values: list[float | None]) -> str:
     if not known:
         return "–"
     found = mean_interval(known)
-    return f"{found.value:.3f} ({max(found.low, 0):.2f}–{min(found.high, 1):.2f})"
+    return f"{found.value:.2f} ({max(found.low, 0):.2f}–{min(found.high, 1):.2f})"
 
 
 def main() -> None:
