@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,11 +167,11 @@ def test_the_rules_by_hand(language: LanguageModel) -> None:
     inner: dict[str, torch.Tensor] = {}
     outer: dict[str, torch.Tensor] = {}
 
-    def leaf(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    def leaf(tensor: Any, name: str) -> torch.Tensor:
         inner[name] = tensor.detach().requires_grad_()
         return inner[name]
 
-    def keep(name: str, tensor: torch.Tensor) -> None:
+    def keep(name: str, tensor: Any) -> None:
         outer[name] = tensor
 
     ids = torch.tensor([some_prompts(language, n=1).clean[0].ids])
