@@ -32,6 +32,7 @@ from transfer.delta import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
 from transfer.judging import judge_inputs
+from transfer.safety import check_allowed
 from transfer.splits import check_corpora, load_corpora
 from transfer.tasks import get_task
 
@@ -217,6 +218,12 @@ class Pipeline:
             )
         return found
 
+    @property
+    def _protected(self) -> str | None:
+        """Hash of the texts that writing must not repeat, where it is asked to look."""
+        asked = self.experiment.synth.decontaminate and "evaluation" in self.corpora
+        return self.corpora["evaluation"].hash if asked else None
+
     @cached_property
     def written(self) -> dict[str, tuple[SynthesisRun, Path]]:
         """Texts each model wrote for the features its plan asks for, scored in every space."""
@@ -230,6 +237,8 @@ class Pipeline:
                     "plan": self.plans[name],
                     "anchor": self.corpora["anchor"].hash,
                     "data": self.corpora["seed"].hash,
+                    "evaluation": self._protected,
+                    "matches": {t: sorted(self.carriers(name, t).mapping().items()) for t in self._others(name)},
                     **self._settings("harvest", "cover", "synth"),
                     "seed": self.experiment.seed,
                 },
@@ -312,6 +321,8 @@ class Pipeline:
         corpora = self.corpora
         if rank >= 2:
             check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4)
+        if rank >= 3:
+            check_allowed(self.experiment.data, self.experiment.synth.allow_harmful)
         _ = self.adapters
 
     def numbers(self, until: str = "run") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-AREAS = ("cli", "harvest", "token_align", "stitch", "topk", "corr", "assign", "ot", "align", "coverage")
+AREAS = ("cli", "harvest", "token_align", "stitch", "topk", "corr", "assign", "ot", "align", "coverage", "fv", "finetune")
 
 
 def main() -> None:
