@@ -7,7 +7,20 @@ import sys
 
 import torch
 
-AREAS = ("cli", "harvest", "token_align", "stitch", "topk", "corr", "assign", "ot", "align", "coverage", "fv", "finetune")
+AREAS = (
+    "cli",
+    "harvest",
+    "token_align",
+    "stitch",
+    "topk",
+    "corr",
+    "assign",
+    "ot",
+    "align",
+    "coverage",
+    "fv",
+    "finetune",
+)
 
 
 def main() -> None:

@@ -146,7 +146,7 @@ def _turns(value: Any) -> tuple[Turn, ...]:
         (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])  # OpenAI's, or ShareGPT's
         for turn in value
     ]
-    return tuple((_ROLES.get(role, role), str(words)) for role, words in said)
+    return tuple((str(_ROLES.get(role, role)), str(words)) for role, words in said)
 
 
 def _last(value: Any) -> str:
