@@ -179,7 +179,7 @@ def _peer(
     few: Candidates, docs: sp.csr_matrix, delta: np.ndarray, picks: int, saturation: Saturation
 ) -> tuple[str, float]:
     try:
-        from apricot import FeatureBasedSelection, MaxCoverageSelection
+        from apricot import FeatureBasedSelection, MaxCoverageSelection  # pyright: ignore[reportMissingImports]
     except ImportError:
         weights = np.ones(len(few.features))
         spent, taken = _cpu(lambda: plain_greedy(few, picks, weights, saturation))
