@@ -245,15 +245,6 @@ def comparable_pairs(saes: Sequence[KnownSae] | None = None) -> list[ComparableP
     )
 
 
-def expectations(ref: str) -> dict[str, Any]:
-    """What an SAE's release promises, as a card's ``l0`` and ``nmse``; empty where nothing is known."""
-    known = find_sae(ref)
-    if known is None:
-        return {}
-    promised = {"l0": known.l0, "nmse": None if known.explained is None else 1 - known.explained}
-    return {name: value for name, value in promised.items() if value is not None}
-
-
 def _release(ref: str) -> str:
     return ref if ref.startswith("fac:") else ref.rpartition("/")[0]
 

@@ -13,7 +13,6 @@ from models.registry import (
     DEPTH,
     MODELS,
     comparable_pairs,
-    expectations,
     find_sae,
     hub_id,
     known_model,
@@ -74,10 +73,10 @@ def test_what_is_no_residual_sae_is_refused_with_the_reason():
 
 
 def test_placeholders_of_the_registry_are_not_expectations():
-    assert expectations("saelens:mistral-7b-res-wg/blocks.8.hook_resid_pre") == {"l0": 92, "nmse": pytest.approx(0.06)}
-    assert expectations("saelens:llama-3.1-8b-instruct-andyrdt/resid_post_layer_3_trainer_1") == {}
-    assert expectations("saelens:goodfire-llama-3.1-8b-instruct/layer_19") == {"l0": 91}
-    assert expectations("path:somewhere") == {}
+    known = {s.ref: (s.l0, s.explained) for s in known_saes()}
+    assert known["saelens:mistral-7b-res-wg/blocks.8.hook_resid_pre"] == (92, 0.94)
+    assert known["saelens:llama-3.1-8b-instruct-andyrdt/resid_post_layer_3_trainer_1"] == (None, None)
+    assert known["saelens:goodfire-llama-3.1-8b-instruct/layer_19"] == (91, None)
 
 
 def test_pairs_across_families_are_at_like_depth_and_of_one_kind():

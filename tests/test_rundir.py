@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from transfer.core.errors import StageError, TransferError
 from transfer.core.files import read_json, replacing
 from transfer.core.rundir import RunDir, finished
 
@@ -88,3 +89,32 @@ def test_events_are_kept(tmp_path: Path) -> None:
         True
     ] * 3
     assert read_json(run.store / run.stages["a llama"] / "key.json")["stage"] == "a"
+
+
+def test_a_refused_input_leaves_nothing_behind(tmp_path):
+    def refuse(out):
+        raise TransferError("wrong model")
+
+    run = RunDir(tmp_path, "r")
+    run.event("cover", "command", command="transfer cover")
+    with pytest.raises(TransferError, match="wrong model"):
+        run.stage("cover", {"a": 1}, refuse)
+    assert not run.path.exists() and not any((tmp_path / ".store" / "cover").iterdir())
+
+
+def test_what_a_failed_stage_has_written_stays(tmp_path):
+    def fail(out):
+        (out / "cell.json").write_text("{}")
+        raise StageError("one cell failed")
+
+    def refuse_late(out):
+        (out / "part.json").write_text("{}")
+        raise TransferError("wrong label")
+
+    for name, work, file in (("tune", fail, "cell.json"), ("synth", refuse_late, "part.json")):
+        run = RunDir(tmp_path, name)
+        run.event(name, "command", command=name)
+        run.stage("harvest", {"n": name}, lambda out: (out / "x").write_text(""))
+        with pytest.raises(TransferError):
+            run.stage(name, {"a": 1}, work)
+        assert list((tmp_path / ".store" / name).glob(f"*/{file}")) and (run.path / "events.jsonl").exists()

@@ -161,11 +161,16 @@ app.command()(explain)
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")], as_json: Json = False, quiet: Quiet = False
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its name.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw the HTML report of a finished run again (needs no model)."""
     set_quiet(quiet or as_json)
     from reports.build import build_report
+
+    named = Path(os.environ.get("TRANSFER_RUNS", "runs")) / run
+    run = named if not run.exists() and named.is_dir() else run
 
     path = build_report(run)
     show({"report": str(path)} if as_json else str(path))
@@ -218,12 +223,17 @@ def ls(
     rows = []
     for folder in sorted(p for p in runs.iterdir() if p.is_dir() and not p.name.startswith(".")):
         manifest = folder / "manifest.json"
-        state, seconds = "done" if (folder / "report.html").exists() else "unfinished", None
+        report = folder / "report.html"
+        # A verb before the last one ends with its stages listed, and without a report.
+        state = "done" if report.exists() else "no report" if (folder / "stages.json").exists() else "unfinished"
+        seconds = None
         try:
             seconds = sum(read_json(manifest)["seconds"].values()) if manifest.exists() else None
         except (TransferError, KeyError, TypeError, AttributeError):
             state = "broken manifest"
-        rows.append({"run": folder.name, "state": state, "seconds": seconds, "report": str(folder / "report.html")})
+        rows.append(
+            {"run": folder.name, "state": state, "seconds": seconds, "report": str(report) if report.exists() else None}
+        )
     show({"runs": rows} if as_json else _lines({"runs": rows}) if rows else "no runs yet")
 
 

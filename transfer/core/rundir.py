@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transfer.core.console import say
-from transfer.core.errors import TransferError
+from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import file_hash, read_json, remove_leftovers, replacing, write_json
 from transfer.core.keys import SCHEMA, digest
 
@@ -64,13 +65,35 @@ class RunDir:
         start = time.monotonic()
         remove_leftovers(folder)
         write_json(folder / "key.json", {"stage": name, "title": title, "inputs": inputs})
-        work(folder)
+        try:
+            work(folder)
+        except (StageError, NoSpaceError):
+            raise  # what is finished stays, and the same command goes on
+        except TransferError:
+            self._forget(folder, title, key)
+            raise
         seconds = time.monotonic() - start
         mark_done(folder, seconds)
         self.seconds[title] = seconds
         self.event(title, "done", key=key, seconds=round(seconds, 2))
         say(f"{title}  done in {seconds:.1f} s")
         return folder
+
+    def _forget(self, folder: Path, title: str, key: str) -> None:
+        """Leave nothing of a stage that refused its input before it wrote anything, nor of a run that is only that."""
+        if {p.name for p in folder.iterdir()} == {"key.json"}:
+            shutil.rmtree(folder)
+        self.event(title, "refused", key=key)
+        events = [line["event"] for line in self._events()]
+        if (
+            events.count("command") <= 1
+            and not {"done", "reused"} & set(events)
+            and {p.name for p in self.path.iterdir()} == {"events.jsonl"}
+        ):
+            shutil.rmtree(self.path)
+
+    def _events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "events.jsonl").read_text("utf8").splitlines()]
 
     def _difference(self, title: str, inputs: dict[str, Any]) -> str:
         """First input that differs from the newest finished stage of the same title."""
