@@ -103,6 +103,33 @@ def model_header(ref: str) -> ModelHeader:
     )
 
 
+def misfits(model: ModelHeader, sae: SaeHeader, layer: int | None) -> list[str]:
+    """Why a model and an SAE do not go together, a sentence each; what the headers do not say is not judged.
+
+    Args:
+        model: The model.
+        sae: The SAE.
+        layer: The layer asked for; the SAE's own where None.
+    """
+    found = []
+    if None not in (layer, sae.layer) and layer != sae.layer:
+        found.append(
+            f"{sae.ref} was trained on layer {sae.layer}, the configuration says layer {layer}. "
+            "Leave the layer out, or name the SAE of that layer."
+        )
+    read = sae.layer if layer is None else layer
+    if read is None:
+        found.append(f"{sae.ref} does not say which layer it reads. Give `layer`.")
+    elif not 0 <= read <= model.n_layers:
+        found.append(f"{model.ref} has layers 0 to {model.n_layers}, the SAE reads {read}.")
+    if None not in (model.d_model, sae.d_model) and model.d_model != sae.d_model:
+        found.append(
+            f"{sae.ref} reads a residual stream of width {sae.d_model}, but that of {model.ref} is {model.d_model} "
+            "wide. Pair each model with an SAE that was trained on it."
+        )
+    return found
+
+
 def _meta(config: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM

@@ -157,6 +157,10 @@ _UNWRITABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\uff
 FILES = ("results.json", "details.json", "manifest.json", "experiment.yaml")
 
 
+MAIN = ("alignments", "coverage", "synthesis", "transfer")
+"""Lists that every finished run has; they may be empty."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything a report may show."""
@@ -277,6 +281,10 @@ def load_run(run_dir: Path) -> Run:
             "Pass the directory of a finished run, or finish it with the same `transfer run` command.",
         )
     data = _object(run_dir / "results.json")
+    if absent := [name for name in MAIN if name not in data]:
+        raise TransferError(
+            f"{run_dir / 'results.json'} lacks {', '.join(absent)}.", "Run `transfer run` again to rewrite it."
+        )
     results = check_results(data)
     limits = data.get("limits") or []
     if not isinstance(limits, list):

@@ -109,6 +109,19 @@ def test_runs_are_listed_from_where_they_are_written(tmp_path: Path) -> None:
     assert [(r["run"], r["state"]) for r in listed] == [("mine", "broken manifest")]
 
 
+def test_full_or_closed_output_is_said_once_or_not_at_all(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m transfer"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for line, code, said in (
+        (f"{command} doctor > /dev/full", 2, "Cannot write to standard output"),
+        (f"{command} --help > /dev/full", 2, "standard output"),
+        (f"{command} models ls | true; exit ${{PIPESTATUS[0]}}", 0, ""),
+    ):
+        out = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert out.returncode == code and said in out.stderr, (line, out)
+        assert len(out.stderr.splitlines()) == bool(said), out.stderr
+
+
 def test_json_is_json(tmp_path: Path) -> None:
     out = transfer("doctor", "--json", cwd=tmp_path)
     assert out.returncode == 0 and json.loads(out.stdout)["python"]

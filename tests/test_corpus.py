@@ -87,7 +87,7 @@ def test_columns_can_be_named_and_white_space_is_cut(tmp_path: Path):
     ("content", "says"),
     [
         ("", "no rows"),
-        ('{"text": "a"}\n{"text": \n', "line 2 is not valid JSON"),
+        ('{"text": "a"}\n{"text": \n', "line 2 is not valid JSON (Expecting value, column 10)"),
         ('{"text": "a"}\n\n["a"]\n', "line 3 is a JSON list"),
         ('{"text": "a"}\n{"text": "  "}\n', "line 2 has an empty text"),
         ('{"text": "a"}\n{"label": "b"}\n', "line 2: column 'text' is missing"),
@@ -109,13 +109,15 @@ def test_bad_jsonl_is_named_with_its_line(tmp_path: Path, content: str, says: st
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    (tmp_path / "latin.csv").write_bytes(b"id,text\n1,a\n2,\xe9\n")
     (tmp_path / "short.csv").write_text("id,text\n1\n", "utf8")
     (tmp_path / "long.csv").write_text("id,text\n1,two, three\n", "utf8")
     (tmp_path / "quote.csv").write_text('id,text\n1,"two\n', "utf8")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
     (tmp_path / "notes.docx").write_bytes(b"x")
     for name, says in {
-        "latin.jsonl": "not UTF-8",
+        "latin.jsonl": "line 2 is not UTF-8",
+        "latin.csv": "line 3 is not UTF-8",
         "short.csv": "line 2 does not have the columns",
         "long.csv": "line 2 does not have the columns",
         "quote.csv": "is broken after line",

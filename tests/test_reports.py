@@ -541,6 +541,7 @@ def test_missing_results_is_one_sentence(tmp_path: Path) -> None:
         (lambda r: r["transfer"][2].pop("mean"), r"transfer\[2\] lacks mean"),
         (lambda r: r["coverage"][0].update(fac="high"), r"coverage\[0\]\.fac is 'high', not a number"),
         (lambda r: r.update(alignments={"a": 1}), "alignments is not a list"),
+        (lambda r: r.clear(), r"results\.json lacks alignments, coverage, synthesis, transfer"),
         (lambda r: r["claims"].append("words"), r"claims\[3\] is not an object"),
         (lambda r: r["synthesis"][1].update(rejected=[1]), r"synthesis\[1\]\.rejected"),
         (lambda r: r["transfer"][0].update(values=["x"]), r"transfer\[0\]\.values"),

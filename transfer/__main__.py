@@ -34,8 +34,8 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        place = error.filename or "the runs folder"
-        complain(f"error: {error.strerror}: {place}. Free some space, or choose another file or folder.")
+        place = f": {error.filename}" if error.filename else " for standard output or the runs folder"
+        complain(f"error: {error.strerror}{place}. Free some space, or choose another file or folder.")
         sys.exit(2)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aligners.assignment import DENSE_LIMIT
-from models.headers import ModelHeader, SaeHeader, model_header, sae_header
+from models.headers import ModelHeader, SaeHeader, misfits, model_header, sae_header
 from transfer.core.config import Experiment
 from transfer.core.errors import TransferError
 from transfer.core.texts import Corpus
@@ -104,21 +104,10 @@ def check(experiment: Experiment, *, tflops: float | None = None) -> Check:
 
 
 def _layer(found: Check, name: str, wanted: int | None, model: ModelHeader, sae: SaeHeader) -> int | None:
-    if wanted is not None and sae.layer is not None and wanted != sae.layer:
-        found.problems.append(
-            f"models.{name}: {sae.ref} was trained on layer {sae.layer}, the configuration says {wanted}."
-        )
+    found.problems += [f"models.{name}: {problem}" for problem in misfits(model, sae, wanted)]
     layer = sae.layer if wanted is None else wanted
-    if layer is None:
-        found.problems.append(f"models.{name}: {sae.ref} does not say which layer it reads. Give `layer`.")
-    elif not 0 <= layer <= model.n_layers:
-        found.problems.append(f"models.{name}: {model.ref} has layers 0 to {model.n_layers}, the SAE reads {layer}.")
+    if layer is not None and not 0 <= layer <= model.n_layers:
         layer = None
-    if None not in (model.d_model, sae.d_model) and model.d_model != sae.d_model:
-        found.problems.append(
-            f"models.{name}: {sae.ref} reads width {sae.d_model}, the residual stream of {model.ref} is "
-            f"{model.d_model} wide."
-        )
     if sae.model and model.hub and sae.model != model.hub:
         found.notes.append(
             f"models.{name}: {sae.ref} was trained on {sae.model}, not on {model.hub}; the first harvest says how "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from transfer.cover_cli import cover
 from transfer.diversity_cli import diversity
 from transfer.explain_cli import explain
 from transfer.fv_cli import fv
+from transfer.lines import lines_of
 from transfer.models_cli import models
 from transfer.options import Json, Quiet, TextColumn, command_line
 from transfer.synth_cli import synth
@@ -68,69 +69,7 @@ def _through(
     from transfer.pipeline import Pipeline
 
     result = Pipeline(experiment, runs_folder(), command=command_line()).run(stage)
-    show(result if as_json else _lines(result))
-
-
-SHOWN = {
-    "alignments": (
-        "source",
-        "target",
-        "method",
-        "n_matches",
-        "n_significant",
-        "heldout_corr_median",
-        "null_corr_median",
-    ),
-    "families": ("model", "universal", "shared", "private", "n_testable", "n_untestable", "n_undecided"),
-    "family_counts": ("method", "q_value", "n_universal", "n_broken", "n_chains", "n_chains_closed", "consistency"),
-    "compositions": ("source", "through", "target", "n_claims", "n_agree", "share", "expected", "p_value"),
-    "context": ("source", "target", "measure", "value", "null_mean", "p_value", "n_rows"),
-    "coverage": ("model", "dataset", "fac", "ci_low", "ci_high", "n_anchor", "n_covered", "n_missing"),
-    "synthesis": ("writer", "pool", "n_requested", "n_candidates", "n_kept", "missing_hit_rate"),
-    "transfer": ("target", "arm", "source", "recipe", "metric", "mean", "ci_low", "ci_high", "n_seeds"),
-    "comparisons": ("target", "recipe", "arm", "control", "delta", "low", "high", "verdict"),
-    "claims": ("verdict", "sentence"),
-    "diversity": ("target", "arm", "writer", "n", "distinct_2", "rarefied_2", "self_bleu", "vendi"),
-    "diversity_correlations": (
-        "recipe",
-        "statistic",
-        "predictor",
-        "within",
-        "within_low",
-        "within_high",
-        "p_holm",
-        "verdict",
-    ),
-    "bounds": ("target", "arm", "writer", "kl", "tv", "tv_from", "gap", "transfer"),
-    "bound_notes": ("quantity", "least", "largest", "said"),
-    "efficiency": ("target", "arm", "recipe", "score", "des", "pes"),
-}
-"""Columns of the readable form; ``--json`` has all."""
-UNSHOWN = ("coverage_curves",)
-"""Tables too long for it; ``transfer cover curve`` shows them."""
-
-
-def _lines(result: dict[str, Any]) -> str:
-    """A short readable form of a verb's result."""
-    lines: list[str] = []
-    for name, value in result.items():
-        if name in UNSHOWN:
-            continue
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines.append(f"{name}:")
-            for row in value:
-                keys = SHOWN.get(name, tuple(row))
-                cells = [f"{k} {_cell(row[k])}" for k in keys if not isinstance(row.get(k), (list, dict, type(None)))]
-                lines.append("  " + " · ".join(cells))
-        elif isinstance(value, list) and value and isinstance(value[0], str):
-            lines += [f"{name}:", *(f"  {text}" for text in value)]
-        else:
-            lines.append(f"{name}: {_cell(value)}")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    show(result if as_json else lines_of(result))
 
 
 def _verb(stage: str, text: str, group: typer.Typer = app, name: str = "") -> None:
@@ -192,7 +131,7 @@ def check_experiment(
     from transfer.core.config import load_experiment
 
     found = check(load_experiment(config, settings), tflops=tflops).to_dict()
-    show(found if as_json else _lines(found))
+    show(found if as_json else lines_of(found))
     if found["problems"]:
         n = len(found["problems"])
         raise TransferError(f"{config} has {n} problem{'s' if n > 1 else ''}, listed above.")
@@ -206,7 +145,7 @@ def doctor(as_json: Json = False) -> None:
     root = Path(__file__).resolve().parents[1]
     zoo_models = {n: (root / "models" / "zoo" / n / "card.json").is_file() for n in ("llama", "mistral", "qwen")}
     facts = {**versions(), **machine(), "code": str(root), "zoo": zoo_models}
-    show(facts if as_json else _lines(facts))
+    show(facts if as_json else lines_of(facts))
 
 
 @app.command()
@@ -234,7 +173,7 @@ def ls(
         rows.append(
             {"run": folder.name, "state": state, "seconds": seconds, "report": str(report) if report.exists() else None}
         )
-    show({"runs": rows} if as_json else _lines({"runs": rows}) if rows else "no runs yet")
+    show({"runs": rows} if as_json else lines_of({"runs": rows}) if rows else "no runs yet")
 
 
 @zoo.command("train")
@@ -252,7 +191,7 @@ def zoo_train(
     from models.zoo.build import build_zoo
 
     cards = build_zoo(data, out, only or [], tokens=tokens, sae_tokens=sae_tokens)
-    show(cards if as_json else _lines({c["name"]: c["summary"] for c in cards.values()}))
+    show(cards if as_json else lines_of({c["name"]: c["summary"] for c in cards.values()}))
 
 
 @zoo.command("eval")
@@ -274,7 +213,7 @@ def zoo_eval(
     from transfer.core.errors import StageError
 
     rows = check_cards(data, only or [])
-    show({"numbers": rows} if as_json else _lines({"numbers": rows}))
+    show({"numbers": rows} if as_json else lines_of({"numbers": rows}))
     wrong = [r for r in rows if r["agrees"] is False]
     unmeasured = sum(r["agrees"] is None for r in rows)
     if wrong:

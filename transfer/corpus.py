@@ -173,7 +173,6 @@ def _file(path: Path) -> Iterator[Row]:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    number = 0
     try:
         # newline="\n": U+2028 and its kin may stand inside a text and must not end a line.
         with path.open(encoding="utf-8-sig", newline="\n") as lines:
@@ -182,7 +181,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
                     continue
                 where = f"{path} line {number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.rstrip("\r\n"))  # else a line cut short has its error in a second one
                 except json.JSONDecodeError as error:
                     raise TransferError(f"{where} is not valid JSON ({error.msg}, column {error.colno}).") from None
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
@@ -191,9 +190,21 @@ def _jsonl(path: Path) -> Iterator[Row]:
                     raise TransferError(f"{where} is a JSON {type(row).__name__}, not an object with columns.")
                 yield where, row
     except UnicodeDecodeError:
-        raise TransferError(f"{path} is not UTF-8 (after line {number}).", "Save it as UTF-8.") from None
+        raise _not_utf8(path) from None
     except OSError as error:
         raise TransferError(f"Cannot read {path}: {error.strerror}.") from None
+
+
+def _not_utf8(path: Path) -> TransferError:
+    """The error for a file whose bytes are no UTF-8, with the line of the first that is not."""
+    number = 0
+    with path.open("rb") as lines:  # decoding reads ahead of the line it hands out
+        for number, line in enumerate(lines, start=1):  # noqa: B007 - used behind the loop
+            try:
+                line.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                break
+    return TransferError(f"{path} line {number} is not UTF-8.", "Save the file as UTF-8.")
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -219,7 +230,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[Row]:
     except csv.Error as error:
         raise TransferError(f"{path} is broken after line {line} ({error}).", "Check its quotes.") from None
     except UnicodeDecodeError:
-        raise TransferError(f"{path} is not UTF-8 (after line {line}).", "Save it as UTF-8.") from None
+        raise _not_utf8(path) from None
     except OSError as error:
         raise TransferError(f"Cannot read {path}: {error.strerror}.") from None
 

@@ -15,6 +15,7 @@ import yaml
 
 from aligners.calibrate import shuffled
 from models.adapter import Adapter
+from models.headers import misfits, model_header, sae_header
 from transfer import arms, families, results, set_diversity, stages
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment
@@ -81,7 +82,10 @@ class Pipeline:
 
     @cached_property
     def adapters(self) -> dict[str, Adapter]:
-        """Every model with its SAE, loaded once."""
+        """Every model with its SAE, loaded once, after a look at all headers: a misfit is told before any weight."""
+        for name, section in self.experiment.models.items():
+            if wrong := misfits(model_header(section.model), sae_header(section.sae), section.layer):
+                raise TransferError(f"models.{name}: {wrong[0]}")
         return {
             name: Adapter.load(
                 section.model,

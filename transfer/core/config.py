@@ -251,7 +251,12 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 def _problems(error: ValidationError) -> str:
     lines = []
-    for item in error.errors():
+    items = error.errors()
+    for item in items:
+        if item["type"] == "too_short" and any(
+            i is not item and i["loc"][: len(item["loc"])] == item["loc"] for i in items
+        ):
+            continue  # its broken members were not counted, and are told
         where = ".".join(str(step) for step in item["loc"])
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(Experiment, item["loc"][:-1]), 1, 0.5)
@@ -259,8 +264,47 @@ def _problems(error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"`{where}` is missing")
         else:
-            lines.append(f"`{where}`: {item['msg'].removeprefix('Value error, ')}")
+            lines.append(f"`{where}`: {_said(item)}")
     return "; ".join(lines)
+
+
+_KINDS = {
+    "model_type": "a section of keys and values",
+    "dict_type": "keys and values",
+    "tuple_type": "a list",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "a text",
+}
+"""What the configuration library calls otherwise."""
+
+
+def _said(item: Any) -> str:
+    """The library's message in a user's words."""
+    limits = item.get("ctx", {})
+    if item["type"] == "too_short":
+        return f"give at least {limits['min_length']}, it has {limits['actual_length']}"
+    if item["type"] == "string_pattern_mismatch":
+        return f"{item['input']!r} is not of the form {limits['pattern']}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in _KINDS:
+        message = f"Input should be {_KINDS[item['type']]}"
+    wanted = message.removeprefix("Input ")
+    return message if wanted == message else f"{wanted}, got {item['input']!r}"
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Where and what; of something left open, where it began as well."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f": {str(error).splitlines()[0]}"
+    place, opened = error.problem_mark, error.context_mark
+    begun = f", in what begins at line {opened.line + 1}, column {opened.column + 1}" if opened else ""
+    return f" at line {place.line + 1}, column {place.column + 1}: {error.problem}{begun}"
 
 
 def load_experiment(path: Path | str, settings: list[str] | None = None) -> Experiment:
@@ -284,9 +328,7 @@ def load_experiment(path: Path | str, settings: list[str] | None = None) -> Expe
     try:
         data = yaml.safe_load(file.read_text("utf8"))
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise TransferError(f"{path} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from None
+        raise TransferError(f"{path} is not valid YAML{_yaml_problem(error)}.") from None
     except UnicodeDecodeError:
         raise TransferError(f"{path} is not UTF-8 text.") from None
     if not isinstance(data, dict):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from transfer.core.errors import TransferError
 
 _quiet = False
 
@@ -32,9 +35,27 @@ def complain(line: str) -> None:
 
 
 def show(value: Any) -> None:
-    """One result on standard output: text as it is, everything else as JSON."""
-    sys.stdout.write((value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)) + "\n")
-    sys.stdout.flush()
+    """One result on standard output: text as it is, everything else as JSON.
+
+    Raises:
+        TransferError: When standard output takes no more; a reader that left (``| head``) is no error.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_output()
+    except OSError as error:
+        close_output()
+        raise TransferError(
+            f"Cannot write to standard output ({error.strerror}).", "What was computed is kept."
+        ) from None
+
+
+def close_output() -> None:
+    """Let nothing be written any more, not even what the interpreter flushes as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -86,7 +86,8 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise TransferError(f"{path} does not exist.") from None
     except json.JSONDecodeError as error:
-        raise TransferError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}).") from None
+        place = f"line {error.lineno}, column {error.colno}"
+        raise TransferError(f"{path} is not valid JSON ({place}: {error.msg}).") from None
     except UnicodeDecodeError:
         raise TransferError(f"{path} is not UTF-8.") from None
 
