@@ -9,13 +9,14 @@ independently), which is the bootstrap where the number of documents is large.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import scipy.sparse as sp
 
+from transfer.core.compiled import compiled
 from transfer.core.errors import TransferError
 from transfer.core.store import ActivationStore
 from transfer.delta import above, size
@@ -142,11 +143,11 @@ def tally_store(
     counts = [np.zeros(shape, dtype=np.float32) for _ in deltas]
     sums = [np.zeros(shape, dtype=np.float32) for _ in deltas]
     sizes = np.zeros(groups, dtype=np.int64)
-    rng, one = np.random.default_rng(seed), np.ones(1, dtype=np.float32)
+    rng = np.random.default_rng(seed)
     n_drawn = np.zeros(draws)
     again = [[np.zeros((n_features, draws), dtype=np.float32) for _ in range(2)] for _ in deltas]
     lowest = [np.maximum(delta, 0).astype(np.float32) for delta in deltas]
-    buffer = np.empty(0, dtype=np.float32)
+    add = _adder()
     for first, block in store.doc_blocks(BLOCK):
         if rows is not None:
             block = block[np.flatnonzero(rows[first : first + len(block.indptr) - 1])]
@@ -161,20 +162,11 @@ def tally_store(
             low, high = block.indptr[start], block.indptr[stop]
             if low == high:
                 continue
-            # A run of a block fits the processor's cache, where everything below happens.
+            # A run of a block fits the processor's cache, and is read there once for each δ.
             values, at = block.data[low:high], block.indices[low:high]
-            if not np.isfinite(values @ values):
-                raise TransferError(f"The activations of {store.path} hold NaN or infinity.", "Harvest again.")
-            # One long document: scipy's scattered addition of its codes is several times as fast as a weighted count.
-            if high - low > len(buffer):
-                buffer = np.empty(high - low, dtype=np.float32)
-            passing = buffer[: high - low]
-            run = sp.csc_matrix((passing, at, np.array([0, high - low])), (n_features, 1), copy=False)
             for delta, count, total in zip(lowest, counts, sums, strict=True):
-                run.data = np.greater(values, delta.take(at, mode="clip"), out=passing)
-                count[part] += run @ one
-                passing *= values
-                total[part] += run @ one
+                if not add(values, at, delta, count[part], total[part]):
+                    raise TransferError(f"{store.path} holds NaN, infinity or unknown features.", "Harvest again.")
         if draws:
             weights = rng.poisson(1.0, size=(n, draws)).astype(np.float32)
             n_drawn += weights.sum(axis=0)
@@ -186,6 +178,26 @@ def tally_store(
         Tally(features, sizes, count[:, at], total[:, at], (n_drawn, drawn[0][at], drawn[1][at]) if draws else None)
         for count, total, drawn in zip(counts, sums, again, strict=True)
     ]
+
+
+@lru_cache(maxsize=1)
+def _adder() -> Callable[..., bool]:
+    """Adds codes above δ to the counts and sums of their features; False for codes that are none."""
+    return compiled(_add)
+
+
+def _add(values: np.ndarray, at: np.ndarray, delta: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> bool:
+    fine = True
+    for i in range(len(values)):
+        value, feature = values[i], at[i]
+        if 0 <= feature < len(delta):
+            passes = np.float32(value > delta[feature])  # no branch: which codes pass cannot be foretold
+            counts[feature] += passes
+            sums[feature] += passes * value  # 0 × NaN is NaN, and told
+            fine &= np.isfinite(value)
+        else:
+            fine = False
+    return fine
 
 
 def resample(
