@@ -13,8 +13,7 @@ from transfer.core import stats
 from transfer.core.config import Experiment
 from transfer.core.files import plain, read_json
 from transfer.core.outcomes import EvalResult, FinetuneRun
-from transfer.matrix import CellResult
-from transfer.tasks import get_task
+from transfer.matrix import CellResult, grid_task
 
 QUALITIES = ("heldout_corr", "verified", "n_features")
 """Of an alignment, as far as one cell uses it: mean held-out correlation of the matches of the features that its texts
@@ -67,7 +66,7 @@ def tables(
         qualities: Held-out correlation of matches, by source and target, then by feature pair.
         experiment: Configuration.
     """
-    metric = get_task(experiment.tune.task, positive=experiment.data.positive).metrics[0]
+    metric = grid_task(experiment.tune.task, positive=experiment.data.positive).metrics[0]
     rows = [r for r in numbers["transfer"] if r["metric"] == metric]
     records = read_json(datasets / "datasets.json")
     names = {r["model"]: name for r, name in zip(numbers["room"], experiment.models, strict=True)}
@@ -103,10 +102,10 @@ def _gains(rows: Sequence[Mapping[str, Any]], arm: str) -> dict[tuple[str, ...],
 def transfer_efficiency(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """gain(mapped) / gain(own): what of the gain from its own missing features a target gets through an alignment.
 
-    Gains are over the seed data alone, paired by fine-tuning seed; the interval is Fieller's (1954), over seeds. It is
-    unbounded (null ends) where the gain from own features itself may be zero: no ratio can be given then. The own arm
-    is the one that the same model wrote, else the target itself. The last row of each recipe (no target) takes the mean
-    over its cells.
+    Gains are over the seed data alone, paired by fine-tuning seed; the interval is Fieller's (1954), over seeds. Where
+    own features do not surely gain anything there is no ratio (of two losses it would look like a success), and
+    ``said`` says so. The own arm is the one that the same model wrote, else the target itself. The last row of each
+    recipe (no target) takes the mean over its cells.
 
     Args:
         rows: Transfer rows of one metric.
@@ -131,19 +130,15 @@ def transfer_efficiency(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 def _ratio(mapped: list[dict[int, float]], own: list[dict[int, float]]) -> dict[str, Any]:
     seeds = sorted(set.intersection(*(set(g) for g in (*mapped, *own))))
+    row = dict.fromkeys(("gain_mapped", "gain_own", "efficiency", "low", "high")) | {"n_seeds": len(seeds)}
     if not seeds:
-        return {"gain_mapped": None, "gain_own": None, "efficiency": None, "low": None, "high": None, "n_seeds": 0}
+        return row | {"said": "no seed in common"}
     top, bottom = (np.array([[g[s] for s in seeds] for g in part]).mean(axis=0) for part in (mapped, own))
+    row |= {"gain_mapped": float(top.mean()), "gain_own": float(bottom.mean())}
     value, low, high = stats.ratio_interval(top, bottom)
-    ends = {"low": low if np.isfinite(low) else None, "high": high if np.isfinite(high) else None}
-    known = bool(np.isfinite(value))
-    return {
-        "gain_mapped": float(top.mean()),
-        "gain_own": float(bottom.mean()),
-        "efficiency": value if known else None,
-        **ends,
-        "n_seeds": len(seeds),
-    }
+    if not (bottom.mean() > 0 and np.isfinite(low)):
+        return row | {"said": "own features do not surely gain"}
+    return row | {"efficiency": value, "low": low, "high": high, "said": ""}
 
 
 def quality_correlations(

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
 from transfer.core.config import Arm
 from transfer.core.console import progress, say
@@ -23,6 +23,7 @@ from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus
 from transfer.core.workers import Workers
 from transfer.finetune import Recipe, data_hash
+from transfer.tasks import get_task
 from transfer.tasks.base import Example, Task
 
 ARMS: tuple[str, ...] = get_args(Arm)
@@ -140,6 +141,22 @@ class CellResult:
             if result.metric == metric:
                 return result.value
         raise TransferError(f"No metric {metric!r}.", f"This grid has {', '.join(e.metric for e in self.evals)}.")
+
+
+def grid_task(name: str, **options: Any) -> Task:
+    """The task of a grid, whose training examples are single labelled texts.
+
+    Raises:
+        TransferError: For an unknown task, or one that trains on something else.
+    """
+    task = get_task(name)
+    if "positive" not in {f.name for f in dataclasses.fields(cast(Any, task)) if f.init}:
+        raise TransferError(
+            f"The grid cannot run the task {name!r} yet: its arms write single texts with a label, and this task "
+            "detects none.",
+            "Use intent or toxicity, or a task of your own with an option `positive`.",
+        )
+    return get_task(name, **options)
 
 
 def cell_key(cell: Cell, base_hash: str, evaluation: Corpus, task: Task) -> str:

@@ -32,10 +32,9 @@ from transfer.delta import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
 from transfer.judging import judge_inputs
-from transfer.matrix import FailedCells
+from transfer.matrix import FailedCells, grid_task
 from transfer.safety import check_allowed
 from transfer.splits import check_corpora, load_corpora
-from transfer.tasks import get_task
 
 LIBRARIES = ("models.language", "transfer.classifier", "peft", "transformers.trainer", "sklearn.metrics")
 """What worker processes write and train with."""
@@ -56,7 +55,7 @@ class Pipeline:
         # Names that only the last stages use are checked now, not after minutes of work.
         for recipe in experiment.tune.recipes:
             get_recipe(recipe)
-        get_task(experiment.tune.task, positive=experiment.data.positive)
+        grid_task(experiment.tune.task, positive=experiment.data.positive)
         DeltaRule.parse(experiment.cover.delta)
         self.experiment = experiment
         self.command = command
