@@ -28,6 +28,8 @@ from reports.words import (
 )
 from transfer.core.files import replacing
 
+GAINS = ("room", "failed_cells", "transfer_efficiency", "quality_correlations", "dose")
+"""Tables of the section that says what a gain is worth."""
 MAX_TABLE = 200
 """Rows shown of any table or list; the rest is one link away."""
 MAX_EXAMPLES = 48
@@ -241,6 +243,7 @@ def render(run: Run) -> tuple[str, list[Any]]:
         tables=matrix(transfer, order.transfer_columns(transfer)),
         headline={row["metric"] for row in order.headline(transfer)},
         comparisons=order.sorted_comparisons(results["comparisons"]),
+        **{name: results[name] for name in GAINS},
         correlations=diversity.sorted_correlations(results["diversity_correlations"]),
         sets=diversity.sorted_sets(results["diversity"]),
         metrics=diversity.shown_metrics(results["diversity"]),

@@ -29,7 +29,10 @@ VARIABLES = {
     GREEN: "green",
 }
 """Colours that the report's style sheet re-defines in dark mode."""
-ARM_COLOURS = {"own": BLUE, "mapped": VERMILLION, "full": GREEN, "seed_only": GREY, "random": GREY, "shuffled": GREY}
+ARM_COLOURS = {
+    **{"own": BLUE, "mapped": VERMILLION, "full": GREEN},
+    **dict.fromkeys(("seed_only", "random", "shuffled", "generic"), GREY),
+}
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],

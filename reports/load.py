@@ -66,9 +66,9 @@ RESULTS: dict[str, Columns] = {
         _words("target arm control delta low high"),
         _words(
             "source generator recipe metric control_source p p_holm n_seeds n_train n_train_control mde seeds_needed "
-            "boot_low boot_high verdict"
+            "boot_low boot_high verdict p_grid"
         ),
-        _words("delta low high p p_holm n_seeds n_train n_train_control mde seeds_needed boot_low boot_high"),
+        _words("delta low high p p_holm p_grid n_seeds n_train n_train_control mde seeds_needed boot_low boot_high"),
     ),
     "families": Columns(
         _words("model universal shared private n_testable"),
@@ -130,6 +130,23 @@ RESULTS: dict[str, Columns] = {
         _words("target arm recipe metric score des pes"),
         _words("generator n_written n_trainable des_low des_high pes_low pes_high"),
         _words("score des pes n_written n_trainable des_low des_high pes_low pes_high"),
+    ),
+    "room": Columns(_words("model n_anchor n_missing least informative"), (), _words("n_anchor n_missing least")),
+    "failed_cells": Columns(_words("cell problem")),
+    "transfer_efficiency": Columns(
+        _words("target source generator recipe gain_mapped gain_own efficiency low high"),
+        _words("n_seeds said"),
+        _words("gain_mapped gain_own efficiency low high n_seeds"),
+    ),
+    "quality_correlations": Columns(
+        _words("recipe predictor statistic within verdict"),
+        _words("pooled pooled_low pooled_high within_low within_high p p_holm n_points n_groups least_to_find"),
+        _words("pooled pooled_low pooled_high within within_low within_high p p_holm n_points n_groups least_to_find"),
+    ),
+    "dose": Columns(
+        _words("recipe target metric n_seed mean low high fac n_missing"),
+        ("n_seeds",),
+        _words("n_seed mean low high fac n_missing n_seeds"),
     ),
     "claims": Columns(("sentence",), _words("verdict number low high control anchor"), _words("number low high")),
     "alerts": Columns(_words("level text")),

@@ -12,12 +12,17 @@ ARMS: dict[str, tuple[str, str]] = {
     "seed_only": ("seed only", "the seed data alone; the reference"),
     "random": ("random features", "same budget, written for random features"),
     "shuffled": ("shuffled alignment", "same budget, features mapped by a shuffled alignment"),
+    "generic": ("no features", "same budget, written from random examples, no feature guiding"),
     "own": ("own features", "written for the missing features of the target itself"),
     "mapped": ("mapped features", "written for missing features of the source, mapped by the alignment"),
+    "text": ("features as text", "written for the source's own missing features, without an alignment"),
+    "k_center": ("k-center", "same budget of real texts, far from all that is there"),
+    "facility_location": ("facility location", "same budget of real texts that stand for the others"),
+    "coverage_selection": ("chosen by coverage", "same budget of real texts that activate most missing features"),
     "full": ("full data", "the whole real training split; the ceiling"),
 }
 """Arm → what it is called, and what it is; in the order shown."""
-CONTROL_ARMS = frozenset({"seed_only", "random", "shuffled"})
+CONTROL_ARMS = frozenset({"seed_only", "random", "shuffled", "generic"})
 SENSITIVE = frozenset({"harmful", "toxic", "unsafe", "hate", "hateful", "abusive", "offensive", "jailbreak"})
 """Labels whose texts are folded away until the reader asks for them."""
 

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from aligners.assignment import counterparts
 from aligners.calibrate import shuffled
-from transfer.arms import candidate_share, features_asked, plan, training_sets
+from transfer.arms import candidate_share, features_asked, nested, plan, pool_name, training_sets
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment, load_experiment
 from transfer.core.outcomes import Candidate, CoverageReport, SynthesisRun
@@ -139,12 +139,19 @@ def written(name: str, asked: list[int], per_feature: int) -> SynthesisRun:
     return SynthesisRun(space(name).id, "scripted", "own", len(asked), tuple(candidates), 1, 1)
 
 
+def by_themselves(runs: dict[str, SynthesisRun]) -> dict[tuple[str, str], SynthesisRun]:
+    return {(name, name): run for name, run in runs.items()}
+
+
+def all_fire(runs: dict[tuple[str, str], SynthesisRun]) -> dict[tuple[str, str], sp.csr_matrix]:
+    return {pool: sp.csr_matrix(np.ones((len(run.kept), N), dtype=bool)) for pool, run in runs.items()}
+
+
 def test_written_arms_share_budget_and_balance(
     plans: dict, anchor: Corpus, seed: Corpus, experiment: Experiment
 ) -> None:
-    runs = {name: written(name, features_asked(p), 3) for name, p in plans.items()}
-    fires = {name: sp.csr_matrix(np.ones((len(run.kept), N), dtype=bool)) for name, run in runs.items()}
-    sets = training_sets("t", plans, runs, fires, seed, anchor, experiment)
+    runs = by_themselves({name: written(name, features_asked(p), 3) for name, p in plans.items()})
+    sets = training_sets("t", plans, runs, all_fire(runs), seed, anchor, experiment)
     counts = {
         (s["arm"], s["source"]): tuple(sum(w["label"] == x for w in s["written"]) for x in LABELS)
         for s in sets
@@ -166,13 +173,13 @@ def test_written_arms_share_budget_and_balance(
 def test_texts_verified_in_the_target_come_first(
     plans: dict, anchor: Corpus, seed: Corpus, experiment: Experiment
 ) -> None:
-    runs = {name: written(name, features_asked(p), 3) for name, p in plans.items()}
-    fires = {name: sp.lil_matrix((len(run.kept), N), dtype=bool) for name, run in runs.items()}
+    runs = by_themselves({name: written(name, features_asked(p), 3) for name, p in plans.items()})
+    fires = {pool: sp.lil_matrix((len(run.kept), N), dtype=bool) for pool, run in runs.items()}
     # Only the weakest text of each mapped feature also fires in the target.
     mapping = dict(plans["s"]["mapped"]["t"])
-    for row, c in enumerate(runs["s"].kept):
+    for row, c in enumerate(runs["s", "s"].kept):
         if c.feature in mapping and c.attempt == 0:
-            fires["s"][row, mapping[c.feature]] = True
+            fires["s", "s"][row, mapping[c.feature]] = True
     sets = training_sets("t", plans, runs, {n: sp.csr_matrix(f) for n, f in fires.items()}, seed, anchor, experiment)
     mapped = next(s for s in sets if s["arm"] == "mapped")
     first = {}
@@ -183,11 +190,77 @@ def test_texts_verified_in_the_target_come_first(
 
 
 def test_the_scarcest_arm_cuts_all(plans: dict, anchor: Corpus, seed: Corpus, experiment: Experiment) -> None:
-    runs = {"s": written("s", features_asked(plans["s"]), 3), "t": written("t", plans["t"]["own"][:2], 1)}
-    fires = {name: sp.csr_matrix((len(run.kept), N), dtype=bool) for name, run in runs.items()}
-    sets = training_sets("t", plans, runs, fires, seed, anchor, experiment)
+    few = plans["t"]["own"][:2] + plans["t"]["random"]
+    runs = by_themselves({"s": written("s", features_asked(plans["s"]), 3), "t": written("t", few, 1)})
+    sets = training_sets("t", plans, runs, all_fire(runs), seed, anchor, experiment)
     sizes = {s["arm"]: len(s["written"]) for s in sets if s["arm"] not in ("seed_only", "full")}
-    assert len(set(sizes.values())) == 1 and next(iter(sizes.values())) <= 2
+    # One benign text of `own`, three times as many benign as harmful in the seed: nothing harmful fits.
+    assert set(sizes.values()) == {1}, sizes
+
+
+def test_an_arm_that_lacks_a_label_stays_empty_alone(
+    plans: dict, anchor: Corpus, seed: Corpus, experiment: Experiment
+) -> None:
+    one_label = [i for i in features_asked(plans["t"]) if i % 2]
+    runs = by_themselves({"s": written("s", features_asked(plans["s"]), 3), "t": written("t", one_label, 3)})
+    sets = training_sets("t", plans, runs, all_fire(runs), seed, anchor, experiment)
+    sizes = {(s["arm"], s["source"]): len(s["written"]) for s in sets if s["generator"]}
+    assert sizes["own", "t"] == sizes["random", "t"] == 0
+    assert len({n for (_, source), n in sizes.items() if source == "s"}) == 1 and sizes["mapped", "s"] > 4
+
+
+ALL = ["own", "mapped", "random", "shuffled", "text", "generic", "k_center", "coverage_selection", "full"]
+
+
+def whole_grid(experiment: Experiment, writers: str) -> Experiment:
+    tune = experiment.tune.model_copy(update={"arms": ("seed_only", *ALL), "writers": writers, "dose": (4, 8)})
+    models = {name: experiment.models["llama"] for name in ("s", "t")}
+    return experiment.model_copy(update={"tune": tune, "models": models})
+
+
+def test_every_arm_and_every_writer_has_one_budget(
+    plans: dict, anchor: Corpus, seed: Corpus, experiment: Experiment
+) -> None:
+    experiment = whole_grid(experiment, "all")
+    runs = {
+        (s, w): dataclasses.replace(written(s, features_asked(plans[s]), 3), generator=w) for s in "st" for w in "st"
+    }
+    runs |= {("", w): written(w, [-1, -2], 12) for w in "st"}
+    asked: list[tuple[str, dict[str, int]]] = []
+
+    def pick(arm: str, quota: dict[str, int]) -> list[Text]:
+        asked.append((arm, quota))
+        return [t for label, n in quota.items() for t in [t for t in anchor if t.label == label][:n]]
+
+    sets = training_sets("t", plans, runs, all_fire(runs), seed, anchor, experiment, pick)
+    cells = {(s["arm"], s["source"], s["generator"]) for s in sets if "dose" not in s}
+    assert {c for c in cells if c[0] == "own"} == {("own", "t", "t"), ("own", "t", "s")}
+    for arm in ("mapped", "shuffled", "text"):
+        assert {c for c in cells if c[0] == arm} == {(arm, "s", "s"), (arm, "s", "t")}
+    assert {c for c in cells if c[0] == "generic"} == {("generic", "", "s"), ("generic", "", "t")}
+    added = {len(s["examples"]) - len(seed) for s in sets if s["arm"] not in ("seed_only", "full")}
+    assert len(added) == 1 and min(added) > 0
+    assert [arm for arm, _ in asked] == ["k_center", "coverage_selection"]
+    text = next(s for s in sets if s["arm"] == "text")
+    assert {w["feature"] for w in text["written"]} <= set(plans["s"]["own"])
+    assert [len(s["examples"]) for s in sets if "dose" in s] == [4, 8]
+    assert pool_name(("", "s")) == "generic by s" and pool_name(("s", "s")) == "s"
+
+
+def test_arms_that_are_not_run_ask_for_nothing(anchor: Corpus, experiment: Experiment) -> None:
+    tune = experiment.tune.model_copy(update={"arms": ("seed_only", "text")})
+    reports = {name: report(name, missing) for name, missing in MISSING.items()}
+    real = {"t": alignment("s", "t", PAIRS)}
+    store = Store(Path("nowhere"), space("s"), "c", tuple(t.id for t in anchor), 0, 0)
+    made = plan("s", reports, real, real, store, anchor, experiment.model_copy(update={"tune": tune}))
+    assert made["own"] and not made["random"] and not made["mapped"] and not made["shuffled"]
+    assert features_asked(made) == sorted(made["own"])
+
+
+def test_parts_of_the_seed_are_nested_and_balanced(seed: Corpus) -> None:
+    parts = [{t.id for t in nested(seed, n)} for n in (4, 8, 12)]
+    assert parts[0] < parts[1] < parts[2] and [len(p) for p in parts] == [4, 8, 12]
+    assert [sum(t.label == "harmful" for t in nested(seed, n)) for n in (4, 8, 12)] == [1, 2, 3]
 
 
 def test_arms_with_few_features_get_more_candidates_each(plans: dict) -> None:

@@ -71,3 +71,21 @@ def test_missing_file_names_presets() -> None:
 def test_bad_override() -> None:
     with pytest.raises(TransferError, match="key=value"):
         load_experiment("demo", ["align.reg"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["tune.arms=[own, full]"], "tune.arms lacks seed_only"),
+        (["tune.arms=[seed_only, own, own]"], "tune.arms repeats a value"),
+        (["tune.arms=[seed_only, best]"], "tune.arms.1"),
+        (
+            ["tune.writers=all", "synth.generator=chat", "synth.chat=local:zoo:llama"],
+            "one chat model writes everything",
+        ),
+        (["data.draw={anchor: 5, seed: 2, evaluation: 5, facet: 3}"], "did you mean `facets`"),
+    ],
+)
+def test_grids_that_make_no_sense_are_refused(settings: list[str], words: str) -> None:
+    with pytest.raises(TransferError, match=words):
+        load_experiment("demo", settings)

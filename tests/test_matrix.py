@@ -429,3 +429,11 @@ def test_a_killed_grid_leaves_no_workers_behind(tmp_path):
         finally:
             if alive(worker):
                 os.kill(worker, signal.SIGKILL)
+
+
+def test_results_of_the_finished_cells_come_with_the_failure(tmp_path):
+    cells = [cell(seed=0), cell("mapped", extra=[("please raise", 1)], source="zoo:c"), cell(seed=1)]
+    with pytest.raises(matrix.FailedCells) as caught:
+        run(cells, tmp_path)
+    assert [(r.arm, r.seed) for r in caught.value.results] == [("seed_only", 0), ("seed_only", 1)]
+    assert caught.value.failures == {cells[1].name: "ValueError: asked for"}

@@ -51,7 +51,7 @@ def test_pooled_claims_are_corrected_for_their_number():
             cells.append(made("random", seed, 0.5, source=target, target=target))
     found = claims(summarise(cells, "intent", "auprc"), compare(cells, "auprc"), EXPERIMENT)
     pooled = [c for c in found if c["anchor"].startswith("pooled")]
-    assert len(pooled) == 3 and {c["verdict"] for c in pooled} == {"undecided"}
+    assert len(pooled) == 3 and {c["verdict"] for c in pooled} == {"undecided: would need 4 seeds"}
 
 
 def test_agreement_of_seeds_does_not_hide_that_cells_disagree():
@@ -67,7 +67,7 @@ def test_agreement_of_seeds_does_not_hide_that_cells_disagree():
             cells.append(made("random", seed, 0.5, source=source, target=target))
     (found, *_) = claims(summarise(cells, "intent", "auprc"), compare(cells, "auprc"), EXPERIMENT)
     assert found["number"] == pytest.approx(0.03, abs=1e-3) and found["low"] < -0.1 < 0.1 < found["high"]
-    assert found["verdict"] == "undecided" and "interval over cells" in found["sentence"]
+    assert found["verdict"] == "undecided: would need 36 cells" and "interval over cells" in found["sentence"]
 
 
 def test_arms_for_which_nothing_was_written_make_no_claim():

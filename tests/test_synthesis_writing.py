@@ -10,7 +10,7 @@ import pytest
 
 from models.adapter import Adapter
 from models.chat import Answer, Chat
-from transfer import stages
+from transfer import synth_stage
 from transfer.core.config import SynthSection, load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.space import FeatureSet
@@ -123,5 +123,7 @@ def test_the_stage_refuses_harmful_classes_before_it_begins(tmp_path: Path) -> N
     experiment = load_experiment("demo", ["data.source=mine.jsonl"])
     nothing: Any = None
     with pytest.raises(TransferError, match="allow_harmful"):
-        stages.synth("llama", nothing, nothing, nothing, nothing, nothing, nothing, tmp_path / "out", experiment)
+        synth_stage.synth(
+            "llama", "llama", nothing, nothing, nothing, nothing, nothing, nothing, tmp_path / "out", experiment
+        )
     assert not (tmp_path / "out").exists()

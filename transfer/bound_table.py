@@ -77,7 +77,7 @@ def bound_table(
             capacity = WEIGHT_NATS * n_trainable[row["model"]]
             least = min(n * entropy["entropy_model"], capacity)
             gap = bounds.information_bound(least, n, sigma=SIGMA)
-            found |= {k: v for k, v in entropy.items() if k not in ("target", "arm", "writer")}
+            found |= {k: v for k, v in entropy.items() if k not in ("target", "arm", "writer", "source")}
             found |= {
                 "information": least,
                 "information_from": "weights" if least == capacity else "texts",

@@ -17,8 +17,23 @@ from transfer.core.outcomes import TransferResult
 from transfer.matrix import ARMS, CellResult
 
 REFERENCE = "seed_only"
-PAIRS: tuple[tuple[str, str], ...] = (("mapped", "random"), ("mapped", "shuffled"), ("own", "random"))
-"""(arm, same-budget control): the comparisons that a claim of transfer has to win."""
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("mapped", "random"),
+    ("mapped", "shuffled"),
+    ("own", "random"),
+    ("mapped", "generic"),
+    ("mapped", "text"),
+    ("text", "random"),
+    ("text", "generic"),
+    ("own", "generic"),
+    ("mapped", "k_center"),
+    ("mapped", "facility_location"),
+    ("mapped", "coverage_selection"),
+)
+"""(arm, same-budget control): the comparisons that a claim of transfer has to win; those of arms that were not run are
+left out."""
+CONTROLS = ("random", "shuffled", "generic")
+"""Written texts that no missing feature guides: the strongest of them is what a cell is measured against."""
 BUDGET_SLACK = 1.02
 """A control with at most this factor fewer examples counts as the same budget."""
 
@@ -55,6 +70,10 @@ class Comparison:
     boot_low: float = float("nan")
     """Lower end of the bootstrap over seeds and evaluation examples; NaN when not asked for."""
     boot_high: float = float("nan")
+    p_grid: float = float("nan")
+    """Holm-corrected over all comparisons of the grid, whatever their pair."""
+    control_generator: str = ""
+    """Writer of the control cells; empty where nobody wrote."""
 
     def summary(self) -> dict[str, Any]:
         """JSON form."""
@@ -157,7 +176,7 @@ def compare(
     folder: Path | None = None,
     weighted: stats.WeightedMetric | None = None,
 ) -> list[Comparison]:
-    """Every arm against every control of ``pairs``; p values Holm-corrected over the targets and sources of a pair.
+    """Every arm against every control of ``pairs``; p values Holm-corrected over the cells of a pair, and over all.
 
     Arms for which nothing was written (as many examples as the seed data alone) are left out on both sides: they say
     nothing about texts, and an alert tells of them.
@@ -182,7 +201,8 @@ def compare(
             if control is not None:
                 family.append(_compare(g, control, metric, margin, alpha, folder, weighted))
         out += _judge(family, margin, alpha)
-    return out
+    over_all = stats.holm([c.p for c in out])
+    return [dataclasses.replace(c, p_grid=float(p)) for c, p in zip(out, over_all, strict=True)]
 
 
 def verdict(
@@ -200,7 +220,7 @@ def verdict(
     for c in comparisons:
         at = (c.source, c.generator, c.target, c.recipe)
         # The strongest control is the one that leaves the least gain.
-        if c.arm == arm and c.control != REFERENCE and (at not in best or c.delta < best[at].delta):
+        if c.arm == arm and c.control in CONTROLS and (at not in best or c.delta < best[at].delta):
             best[at] = c
     return _judge(list(best.values()), margin, alpha)
 
@@ -234,6 +254,7 @@ def _compare(
         arm=group.arm,
         control=control.arm,
         control_source=control.source,
+        control_generator=control.generator,
         delta=d.delta,
         low=d.low,
         high=d.high,

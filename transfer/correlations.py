@@ -81,17 +81,17 @@ def points(results: dict[str, Any], recipe: str, metric: str, run: str = "") -> 
         run: Name of the run, where several are taken together.
     """
     covered = {(row["model"], row["arm"], row["writer"]): row for row in results.get("coverage", []) if row.get("arm")}
-    known: dict[tuple[str, str, str], dict[str, float]] = {}
-    writers: dict[tuple[str, str, str], str] = {}
+    known: dict[tuple[str, ...], dict[str, float]] = {}
+    writers: dict[tuple[str, ...], str] = {}
     for row in results.get("diversity", []):
         both = {**row, **covered.get((row["target"], row["arm"], row["writer"]), {})}
         if row["writer"] and "fac" in both:
-            at = (row["target"], row["arm"], row["generator"])
+            at = (row["target"], row["arm"], row.get("source", row["generator"]), row["generator"])
             known[at] = {name: float(both[name]) for name in PREDICTORS if both.get(name) is not None}
             writers[at] = row["writer"]
     found = []
     for row in results.get("transfer", []):
-        at = (row["target"], row["arm"], row["generator"])
+        at = (row["target"], row["arm"], row["source"], row["generator"])
         if (row["recipe"], row["metric"]) == (recipe, metric) and at in known:
             group = f"{run} {at[0]}" if run else at[0]
             found.append(Point(group, at[1], writers[at], known[at], float(row["mean"])))

@@ -123,7 +123,7 @@ def _families(pipeline: Pipeline, anchor: Corpus, background: WordCounts) -> lis
 
 def _samples(pipeline: Pipeline, writer: str) -> list[dict[str, Any]]:
     """Kept and rejected candidates for the writer's own missing features, evenly over the run."""
-    run, _ = pipeline.written[writer]
+    run, _ = pipeline.written[writer, writer]
     own = set(pipeline.plans[writer]["own"])
     kept = [c for c in run.kept if c.feature in own]
     rejected = [c for c in run.candidates if c.verdict != "kept" and c.feature in own]

@@ -12,8 +12,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, cast, get_args
 
+from transfer.core.config import Arm
 from transfer.core.console import progress, say
 from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import file_hash, plain, read_json, replacing, write_json
@@ -22,12 +23,11 @@ from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus
 from transfer.core.workers import Workers
 from transfer.finetune import Recipe, data_hash
+from transfer.tasks import get_task
 from transfer.tasks.base import Example, Task
 
-Arm = Literal["seed_only", "own", "mapped", "random", "shuffled", "full"]
 ARMS: tuple[str, ...] = get_args(Arm)
-"""Seed data alone; plus texts for the target's own missing features; for another model's, mapped by the alignment; the
-same budget for random features; the same budget through a shuffled alignment; all data there is."""
+"""What each is: see ``transfer.arms``."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,21 @@ def write_examples(path: Path, examples: Sequence[Example]) -> str:
     return data_hash(examples)
 
 
+class FailedCells(StageError):
+    """Some cells failed; the others are finished.
+
+    Args:
+        what: Which ones, and why.
+        hint: The repair.
+        results: Of the finished cells, in the order of the grid.
+        failures: Name of each failed cell with what went wrong.
+    """
+
+    def __init__(self, what: str, hint: str, results: list[CellResult], failures: dict[str, str]) -> None:
+        super().__init__(what, hint)
+        self.results, self.failures = results, failures
+
+
 @dataclass(frozen=True)
 class CellResult:
     """What one cell gave."""
@@ -126,6 +141,22 @@ class CellResult:
             if result.metric == metric:
                 return result.value
         raise TransferError(f"No metric {metric!r}.", f"This grid has {', '.join(e.metric for e in self.evals)}.")
+
+
+def grid_task(name: str, **options: Any) -> Task:
+    """The task of a grid, whose training examples are single labelled texts.
+
+    Raises:
+        TransferError: For an unknown task, or one that trains on something else.
+    """
+    task = get_task(name)
+    if "positive" not in {f.name for f in dataclasses.fields(cast(Any, task)) if f.init}:
+        raise TransferError(
+            f"The grid cannot run the task {name!r} yet: its arms write single texts with a label, and this task "
+            "detects none.",
+            "Use intent or toxicity, or a task of your own with an option `positive`.",
+        )
+    return get_task(name, **options)
 
 
 def cell_key(cell: Cell, base_hash: str, evaluation: Corpus, task: Task) -> str:
@@ -169,7 +200,7 @@ def run_cells(
         One result a cell, in the order of ``cells``.
 
     Raises:
-        StageError: When cells failed; the others are finished and kept.
+        FailedCells: When cells failed; it brings the results of the others, which are kept.
         NoSpaceError: At once, when the disk is full; finished cells are kept.
     """
     out_dir = Path(out_dir)
@@ -197,9 +228,11 @@ def run_cells(
     if failures:
         listed = "; ".join(f"{todo[k].name}: {p}" for k, p in list(failures.items())[:5])
         more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
-        raise StageError(
+        raise FailedCells(
             f"{len(failures)} of {distinct} cells failed ({listed}{more}).",
             "The finished cells are kept; run the same command again to continue.",
+            [_read(out_dir, c, k) for c, k in zip(cells, keys, strict=True) if k not in failures],
+            {c.name: failures[k] for c, k in zip(cells, keys, strict=True) if k in failures},
         )
     return [_read(out_dir, c, k) for c, k in zip(cells, keys, strict=True)]
 

@@ -16,7 +16,7 @@ import yaml
 from aligners.calibrate import shuffled
 from models.adapter import Adapter
 from models.headers import misfits, model_header, sae_header
-from transfer import arms, families, results, set_diversity, stages
+from transfer import arms, families, gains, results, set_diversity, stages, synth_stage, tune_stage
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment
 from transfer.core.console import say
@@ -33,9 +33,9 @@ from transfer.delta import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
 from transfer.judging import judge_inputs
+from transfer.matrix import FailedCells, grid_task
 from transfer.safety import check_allowed
 from transfer.splits import check_corpora, load_corpora
-from transfer.tasks import get_task
 
 LIBRARIES = ("models.language", "transfer.classifier", "peft", "transformers.trainer", "sklearn.metrics")
 """What worker processes write and train with."""
@@ -56,12 +56,13 @@ class Pipeline:
         # Names that only the last stages use are checked now, not after minutes of work.
         for recipe in experiment.tune.recipes:
             get_recipe(recipe)
-        get_task(experiment.tune.task, positive=experiment.data.positive)
+        grid_task(experiment.tune.task, positive=experiment.data.positive)
         DeltaRule.parse(experiment.cover.delta)
         self.experiment = experiment
         self.command = command
         self.dir = RunDir(runs, experiment.name)
         self.started = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self.failed: FailedCells | None = None
 
     # What the stages read.
 
@@ -229,72 +230,114 @@ class Pipeline:
         return self.corpora["evaluation"].hash if asked else None
 
     @cached_property
-    def written(self) -> dict[str, tuple[SynthesisRun, Path]]:
-        """Texts each model wrote for the features its plan asks for, scored in every space."""
-        found: dict[str, tuple[SynthesisRun, Path]] = {}
-        for name in self.experiment.models:
+    def written(self) -> dict[arms.Pool, tuple[SynthesisRun, Path]]:
+        """Texts for the features that each source's plan asks for, scored in every space, by source and writer."""
+        found: dict[arms.Pool, tuple[SynthesisRun, Path]] = {}
+        for source in self.experiment.models:
+            for writer in arms.writers(source, self.experiment):
+                folder = self.dir.stage(
+                    "synth",
+                    {
+                        **self._space_inputs(*self.experiment.models),
+                        "writer": source,
+                        **({} if writer == source else {"by": writer}),
+                        "plan": self.plans[source],
+                        "anchor": self.corpora["anchor"].hash,
+                        "data": self.corpora["seed"].hash,
+                        "evaluation": self._protected,
+                        "matches": {
+                            t: sorted(self.carriers(source, t).mapping().items()) for t in self._others(source)
+                        },
+                        **self._settings("harvest", "cover", "synth"),
+                        "seed": self.experiment.seed,
+                    },
+                    lambda out, s=source, w=writer: synth_stage.synth(
+                        s,
+                        w,
+                        self.adapters,
+                        self.stores[s],
+                        self.plans[s],
+                        self.coverage,
+                        self.corpora,
+                        {t: self.carriers(s, t).mapping() for t in self._others(s)},
+                        out,
+                        self.experiment,
+                        self.pool,
+                    ),
+                    arms.pool_name((source, writer)),
+                )
+                found[source, writer] = (SynthesisRun.load(folder / "synthesis.json"), folder)
+        return found
+
+    @cached_property
+    def generic(self) -> dict[arms.Pool, tuple[SynthesisRun, Path]]:
+        """Texts that no feature guides, per writer; none where no arm wants them."""
+        found: dict[arms.Pool, tuple[SynthesisRun, Path]] = {}
+        for writer in self.experiment.models if "generic" in self.experiment.tune.arms else ():
             folder = self.dir.stage(
-                "synth",
+                "generic",
                 {
                     **self._space_inputs(*self.experiment.models),
-                    "writer": name,
-                    "plan": self.plans[name],
+                    "writer": writer,
                     "anchor": self.corpora["anchor"].hash,
                     "data": self.corpora["seed"].hash,
                     "evaluation": self._protected,
-                    "matches": {t: sorted(self.carriers(name, t).mapping().items()) for t in self._others(name)},
-                    **self._settings("harvest", "cover", "synth"),
+                    **self._settings("harvest", "synth"),
                     "seed": self.experiment.seed,
                 },
-                lambda out, n=name: stages.synth(
-                    n,
-                    self.adapters,
-                    self.stores[n],
-                    self.plans[n],
-                    self.coverage,
-                    self.corpora,
-                    {t: self.carriers(n, t).mapping() for t in self._others(n)},
-                    out,
-                    self.experiment,
-                    self.pool,
+                lambda out, w=writer: synth_stage.generic(
+                    w, self.adapters, self.corpora, out, self.experiment, self.pool
                 ),
-                name,
+                writer,
             )
-            found[name] = (SynthesisRun.load(folder / "synthesis.json"), folder)
+            found["", writer] = (SynthesisRun.load(folder / "synthesis.json"), folder)
         return found
 
     @cached_property
     def datasets(self) -> Path:
         """Training sets of every arm, same budget and same label balance."""
+        written = {**self.written, **self.generic}
+        tune = self.experiment.tune
         return self.dir.stage(
             "datasets",
             {
-                "written": {n: file_hash(f / "synthesis.json") for n, (_, f) in self.written.items()},
+                "written": {arms.pool_name(p): file_hash(f / "synthesis.json") for p, (_, f) in written.items()},
+                "arms": [tune.arms, tune.writers, tune.dose],
+                "installed": set_diversity.installed(),
                 "plans": self.plans,
                 "data": {n: c.hash for n, c in self.corpora.items()},
                 "positive": self.experiment.data.positive,
                 **self._settings("harvest", "cover", "synth"),
                 "seed": self.experiment.seed,
             },
-            lambda out: stages.datasets(
-                self.written, self.plans, self.coverage, self.stores, self.corpora, out, self.experiment
+            lambda out: tune_stage.datasets(
+                written, self.plans, self.coverage, self.stores, self.corpora, out, self.experiment
             ),
         )
 
     @cached_property
     def cells(self) -> Path:
-        """Fine-tuned and evaluated cells of the grid."""
-        return self.dir.stage(
-            "tune",
-            {
-                **self._space_inputs(*self.experiment.models),
-                "datasets": file_hash(self.datasets / "datasets.json"),
-                "evaluation": self.corpora["evaluation"].hash,
-                "positive": self.experiment.data.positive,
-                **self._settings("tune"),
-            },
-            lambda out: stages.tune(self.adapters, self.datasets, self.corpora, out, self.experiment, self.pool),
-        )
+        """Fine-tuned and evaluated cells of the grid; of those that failed, ``failed`` tells."""
+        folders: list[Path] = []
+
+        def work(out: Path) -> None:
+            folders.append(out)
+            tune_stage.tune(self.adapters, self.datasets, self.corpora, out, self.experiment, self.pool)
+
+        inputs = {
+            **self._space_inputs(*self.experiment.models),
+            "datasets": file_hash(self.datasets / "datasets.json"),
+            "evaluation": self.corpora["evaluation"].hash,
+            "positive": self.experiment.data.positive,
+            **self._settings("tune"),
+        }
+        try:
+            return self.dir.stage("tune", inputs, work)
+        except FailedCells as error:
+            if not error.results:
+                raise
+            self.failed = error
+            return folders[0]
 
     @cached_property
     def diversity(self) -> Path:
@@ -325,6 +368,11 @@ class Pipeline:
         corpora = self.corpora
         if rank >= 2:
             check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4)
+            large = [n for n in self.experiment.tune.dose if n >= len(corpora["seed"])]
+            if large:
+                raise TransferError(
+                    f"tune.dose asks for {large[0]} of {len(corpora['seed'])} seed texts.", "Use smaller parts."
+                )
         if rank >= 3:
             check_allowed(self.experiment.data, self.experiment.synth.allow_harmful)
         _ = self.adapters
@@ -356,6 +404,7 @@ class Pipeline:
         numbers["context"] = [row for folder in self.aligned.values() for row in read_json(folder / "context.json")]
         if rank >= 2:
             numbers["coverage"] = [report.summary() for report, _ in self.coverage.values()]
+            numbers["room"] = gains.room(numbers["coverage"], self.experiment.cover.least_missing)
             numbers["coverage_curves"] = [
                 row for _, folder in self.coverage.values() for row in read_json(folder / "curves.json")
             ]
@@ -367,17 +416,32 @@ class Pipeline:
             numbers["coverage_contrasts"] = results.coverage_contrasts(numbers["coverage"])
             numbers["diversity"] = read_json(self.diversity / "diversity.json")
         if rank >= 4:
-            numbers.update(results.transfer_table(self.cells, self.experiment))
+            numbers.update(results.transfer_table(self.cells, self.experiment, numbers["room"]))
+            numbers.update(gains.tables(numbers, self.cells, self.datasets, self._qualities(), self.experiment))
+            failures = self.failed.failures if self.failed else {}
+            numbers["failed_cells"] = [{"cell": cell, "problem": problem} for cell, problem in failures.items()]
             numbers.update(results.theory(numbers, self.cells, self.diversity, self.experiment))
             numbers["alerts"] = results.alerts(numbers, self.stores, self.experiment)
             numbers["limits"] = results.limits(self.experiment)
         return numbers
+
+    def _qualities(self) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
+        """Held-out correlation of each carrier (source feature, target feature), by source and target."""
+        found = {}
+        for source, target in itertools.permutations(self.experiment.models, 2):
+            m = self.carriers(source, target).matches
+            pairs = zip(m["source"].tolist(), m["target"].tolist(), strict=True)
+            found[source, target] = dict(zip(pairs, m["heldout_corr"].tolist(), strict=True))
+        return found
 
     def run(self, until: str = "run") -> dict[str, Any]:
         """Run the stages up to ``until`` (one of ``STAGES``) and write what the run folder holds.
 
         Returns:
             The numbers; for ``run`` also the report's path.
+
+        Raises:
+            FailedCells: After everything is written, when some cells failed; the report says so too.
         """
         self.check(until)
         self.dir.event(until, "command", command=shlex.join(self.command))
@@ -394,6 +458,8 @@ class Pipeline:
         write_text(self.dir.path / "experiment.yaml", resolved)
         write_json(self.dir.path / "stages.json", self.dir.stages)
         if until != "run":
+            if self.failed:
+                raise self.failed
             return numbers
         write_json(self.dir.path / "results.json", numbers)
         write_json(self.dir.path / "details.json", details(self))
@@ -402,6 +468,8 @@ class Pipeline:
 
         path = build_report(self.dir.path)
         say(f"report  {path}")
+        if self.failed:
+            raise self.failed
         return {**numbers, "report": str(path)}
 
     def manifest(self) -> dict[str, Any]:

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transfer import bound_table, correlations
-from transfer.claims import Comparison, compare, summarise, verdict
+from transfer.claims import PAIRS, Comparison, compare, summarise, verdict
 from transfer.core import stats
 from transfer.core.config import Experiment
 from transfer.core.files import read_json
-from transfer.core.outcomes import EvalResult, FinetuneRun, TransferResult
+from transfer.core.outcomes import TransferResult
 from transfer.core.store import ActivationStore
-from transfer.matrix import CellResult
-from transfer.tasks import get_task
+from transfer.gains import load_cells
+from transfer.matrix import grid_task
 
-HEADLINE = ("mapped", "random")
-"""The pair of arms that the first claim is about."""
+CONTROL_TEXTS = {
+    "random": "random features",
+    "shuffled": "shuffled features",
+    "generic": "texts that no feature guides",
+    "text": "texts for the writer's missing features, without an alignment",
+    "k_center": "real texts chosen by k-center",
+    "facility_location": "real texts chosen by facility location",
+    "coverage_selection": "real texts chosen by coverage",
+}
+"""What each control consists of, in the words of a claim."""
 
 UNCHECKED_NMSE = 0.4
 """An SAE without a card that leaves more than this unexplained may belong to another model."""
 
 
-def load_cells(folder: Path) -> list[CellResult]:
-    """The finished grid."""
-    cells = []
-    for row in read_json(folder / "grid.json"):
-        row["evals"] = tuple(EvalResult(**e) for e in row["evals"])
-        row["run"] = FinetuneRun(**{**row["run"], "curve": tuple(row["run"]["curve"])})
-        cells.append(CellResult(**row))
-    return cells
+def transfer_table(folder: Path, experiment: Experiment, room: list[dict[str, Any]]) -> dict[str, Any]:
+    """``transfer``, ``comparisons`` and ``claims`` of ``results.json``.
 
-
-def transfer_table(folder: Path, experiment: Experiment) -> dict[str, Any]:
-    """``transfer``, ``comparisons`` and ``claims`` of ``results.json``."""
-    cells = load_cells(folder)
-    task = get_task(experiment.tune.task, positive=experiment.data.positive)
+    Args:
+        folder: Of the finished grid.
+        experiment: Configuration.
+        room: See ``transfer.gains.room``.
+    """
+    cells = load_cells(folder / "grid.json")
+    task = grid_task(experiment.tune.task, positive=experiment.data.positive)
     headline = task.metrics[0]
     metrics = list(dict.fromkeys(e.metric for c in cells for e in c.evals))
     rows = [row for metric in metrics for row in summarise(cells, task.name, metric)]
@@ -46,7 +50,7 @@ def transfer_table(folder: Path, experiment: Experiment) -> dict[str, Any]:
     return {
         "transfer": [row.summary() for row in rows],
         "comparisons": [c.summary() for c in comparisons],
-        "claims": claims([r for r in rows if r.metric == headline], comparisons, experiment),
+        "claims": claims([r for r in rows if r.metric == headline], comparisons, experiment, room),
         "n_leaked": max((c.n_leaked for c in cells), default=0),
     }
 
@@ -60,9 +64,9 @@ def theory(numbers: dict[str, Any], cells: Path, diversity: Path, experiment: Ex
         diversity: Folder of the stage ``diversity``.
         experiment: Configuration.
     """
-    headline = get_task(experiment.tune.task, positive=experiment.data.positive).metrics[0]
+    headline = grid_task(experiment.tune.task, positive=experiment.data.positive).metrics[0]
     entropies = read_json(diversity / "entropy.json")
-    weights = {(c.target, c.recipe): c.run.n_trainable for c in load_cells(cells)}
+    weights = {(c.target, c.recipe): c.run.n_trainable for c in load_cells(cells / "grid.json")}
     largest = {t: max(n for (other, _), n in weights.items() if other == t) for t, _ in weights}
     bounds, notes = bound_table.bound_table(numbers["coverage"], entropies, largest)
     written = {(e["target"], e["arm"], e["generator"]): e["n"] for e in entropies}
@@ -74,14 +78,26 @@ def theory(numbers: dict[str, Any], cells: Path, diversity: Path, experiment: Ex
     }
 
 
-def claims(rows: list[TransferResult], comparisons: list[Comparison], experiment: Experiment) -> list[dict[str, Any]]:
-    """Claims in words: the pooled ones first, then each cell against its strongest same-budget control."""
-    pairs = (HEADLINE, ("mapped", "shuffled"), ("own", "random"))
-    pooled = [_pooled(rows, comparisons, r, arm, control) for r in experiment.tune.recipes for arm, control in pairs]
+def claims(
+    rows: list[TransferResult],
+    comparisons: list[Comparison],
+    experiment: Experiment,
+    room: Sequence[Mapping[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """Claims in words: the pooled ones first, then each cell against its strongest same-budget control.
+
+    A target whose seed data lacks too few relevant features (``room``) has no verdict, nor has a pool with it.
+    """
+    full = {r["model"]: r for r in room if not r["informative"]}
+    pooled = [_pooled(rows, comparisons, r, arm, control) for r in experiment.tune.recipes for arm, control in PAIRS]
     found: list[dict[str, Any]] = [p for p in pooled if p]
     for claim, p in zip(found, stats.holm([claim.pop("p") for claim in found]) if found else [], strict=True):
         better, worth = claim["number"] > 0 and p < 0.05, claim["high"] >= 0.01
-        claim["verdict"] = "supported" if better else "undecided" if worth else "not supported"
+        needed, targets = claim.pop("needed"), claim.pop("targets")
+        claim["verdict"] = "supported" if better else f"undecided: {needed}" if worth else "not supported"
+        claim["p_holm"] = float(p)
+        for model in sorted(targets & set(full)):
+            claim["verdict"] = _no_room(full[model])
     for c in verdict(comparisons):
         found.append(
             {
@@ -89,15 +105,25 @@ def claims(rows: list[TransferResult], comparisons: list[Comparison], experiment
                     f"{c.target} ({c.recipe}): texts {c.generator} wrote for mapped features change {c.metric.upper()} "
                     f"by {c.delta:+.3f} [{c.low:+.3f}, {c.high:+.3f}] against {c.control}, its strongest control"
                 ),
-                "verdict": c.verdict,
+                "verdict": _no_room(full[c.target]) if c.target in full else c.verdict,
                 "number": c.delta,
                 "low": c.low,
                 "high": c.high,
                 "control": c.control,
-                "anchor": f"cell-{c.source}-{c.target}-{c.recipe}",
+                "anchor": f"cell-{c.source}-{c.target}-{c.recipe}"
+                + (f"-{c.generator}" if c.generator != c.source else ""),
+                "mde": c.mde,
+                "p_holm": c.p_holm,
             }
         )
     return found
+
+
+def _no_room(row: Mapping[str, Any]) -> str:
+    return (
+        f"uninformative: {row['model']} lacks only {row['n_missing']} relevant features at the start, "
+        f"{row['least']} are needed"
+    )
 
 
 def _pooled(
@@ -111,10 +137,23 @@ def _pooled(
     cells = [c for c in comparisons if (c.recipe, c.arm, c.control) == (recipe, arm, control)]
     if not cells:
         return None
-    # One writer per source here, so (arm, source, target) names a cell.
-    by_cell = {(r.arm, r.source, r.target): r for r in rows if r.recipe == recipe}
-    treated = np.array([by_cell[arm, c.source, c.target].values for c in cells])
-    against = np.array([by_cell[control, c.control_source, c.target].values for c in cells])
+    by_cell = {
+        (r.arm, r.source, r.generator, r.target): dict(zip(r.seeds, r.values, strict=True))
+        for r in rows
+        if r.recipe == recipe
+    }
+    pairs = [
+        (
+            by_cell[arm, c.source, c.generator, c.target],
+            by_cell[control, c.control_source, c.control_generator, c.target],
+        )
+        for c in cells
+    ]
+    # A cell that failed takes its seed with it.
+    seeds = sorted(set.intersection(*(set(side) for pair in pairs for side in pair)))
+    if not seeds:
+        return None
+    treated, against = (np.array([[pair[side][s] for s in seeds] for pair in pairs]) for side in (0, 1))
     over = {
         "seeds": stats.paired_delta(treated.mean(axis=0), against.mean(axis=0)),
         "cells": stats.paired_delta(treated.mean(axis=1), against.mean(axis=1)),
@@ -128,15 +167,21 @@ def _pooled(
     names = {
         "mapped": "Texts written by one model for features that the alignment maps to what another lacks",
         "own": "Texts written by a model for its own missing features",
+        "text": "Texts written for another model's own missing features, without an alignment,",
     }
+    enough = stats.seeds_needed(max(d.delta, 0.01 - d.delta), d.sd)
+    needed = "more than 1000" if enough is None else str(max(enough, d.n + 1))
     return {
         "sentence": (
             f"{names[arm]} change the target's {cells[0].metric.upper()} by {d.delta:+.3f} "
-            f"[{d.low:+.3f}, {d.high:+.3f}] against the same budget of {control} features "
+            f"[{d.low:+.3f}, {d.high:+.3f}] against the same budget of {CONTROL_TEXTS[control]} "
             f"({recipe}, mean of {len(cells)} cells, {over['seeds'].n} seeds, interval over {widest}; "
             f"better in {better} cells, significant after correction in {wins})"
         ),
         "verdict": "",
+        "needed": f"would need {needed} {widest}",
+        "targets": {c.target for c in cells},
+        "mde": stats.minimum_detectable_effect(d.sd, d.n),
         "p": max(each.p for each in over.values()),
         "number": d.delta,
         "low": d.low,
@@ -153,7 +198,7 @@ def coverage_contrasts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     rate = {(r["model"], r["writer"], r["arm"]): r["missing_hit_rate"] for r in rows if "arm" in r}
     found = []
-    for control in ("random", "shuffled"):
+    for control in ("random", "shuffled", "text"):
         deltas = [
             value - other
             for (model, writer, arm), value in sorted(rate.items())
@@ -200,6 +245,9 @@ def alerts(
                     f"{experiment.cover.least_missing} a grid has little room to show anything.",
                 )
             )
+    failed = numbers.get("failed_cells", [])
+    if failed:
+        found.append((0, "severe", f"{len(failed)} cells failed and are missing here, first {failed[0]['cell']}."))
     if numbers.get("n_leaked"):
         found.append((0, "severe", f"{numbers['n_leaked']} training texts are also evaluation texts."))
     for split, count in numbers["data"]["unused"].items():

@@ -40,12 +40,12 @@ def measure(
     equal texts (the random arm of one writer, for several targets) are measured once.
     """
     texts = {part: [t.text for t in corpora[part]] for part in ("anchor", "seed")}
-    records = read_json(datasets / "datasets.json")
+    records = [r for r in read_json(datasets / "datasets.json") if "dose" not in r]
     sets: dict[str, Sequence[str]] = {}
     keys = []
     for record in records:
         plain = {"seed_only": texts["seed"], "full": texts["anchor"]}
-        added = [w["text"] for w in record["written"]] or plain.get(record["arm"], [])
+        added = [w["text"] for w in (*record["written"], *record.get("picked", []))] or plain.get(record["arm"], [])
         keys.append(digest(added))
         # An arm that nobody could write two texts for has no diversity, and must not cut the others down.
         if len(added) >= 2:
@@ -65,7 +65,8 @@ def measure(
         at = {
             "target": references[record["target"]],
             "arm": record["arm"],
-            "writer": record["generator"],
+            "writer": record["writer"],
+            "source": references.get(record["source"], ""),
             "generator": references.get(record["generator"], ""),
         }
         if key in found:

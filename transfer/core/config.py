@@ -6,7 +6,7 @@ import difflib
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,8 +32,21 @@ class ModelSection(Section):
     )
 
 
+class DrawSection(Section):
+    """How texts of a source without splits are dealt out; texts that occur twice are dealt once."""
+
+    anchor: int = Field(ge=1, description="Texts of the anchor.")
+    seed: int = Field(ge=1, description="Texts of the seed data.")
+    evaluation: int = Field(ge=1, description="Texts to evaluate on.")
+    facets: int = Field(0, ge=0, description="Topics to group the texts into by their words; 0: those of `topic`.")
+    lacks: int | tuple[str, ...] = Field(
+        0, description="Topics without any text in the seed data: their names, or how many are drawn."
+    )
+    random: int = Field(0, ge=0, description="Of the draw.")
+
+
 class DataSection(Section):
-    """Where the texts come from: one source with a split column, or three sources."""
+    """Where the texts come from: one source with a split column or a `draw`, or three sources."""
 
     source: str | None = Field(
         "bundled:requests", description="Path (JSONL, CSV, parquet), hub:<id>@<rev> or bundled:…"
@@ -48,6 +61,8 @@ class DataSection(Section):
         None, description="Split column (anchor, seed, evaluation); by default `split` if present."
     )
     positive: str = Field("harmful", description="The label to detect.")
+    layout: str = Field("", description="Label layout of a known toxicity set, such as surge: see transfer.tasks.")
+    draw: DrawSection | None = Field(None, description="Deal the texts of `source` out, which then needs no splits.")
 
 
 class HarvestSection(Section):
@@ -205,18 +220,51 @@ class SynthSection(Section):
         return self
 
 
+Arm = Literal[
+    "seed_only",
+    "own",
+    "mapped",
+    "random",
+    "shuffled",
+    "full",
+    "text",
+    "generic",
+    "k_center",
+    "facility_location",
+    "coverage_selection",
+]
+
+
 class TuneSection(Section):
     """The fine-tuning grid."""
 
     task: str = "intent"
+    arms: tuple[Arm, ...] = Field(
+        ("seed_only", "own", "mapped", "random", "shuffled", "full"),
+        min_length=2,
+        description="Training sets of each target; see transfer/arms.py.",
+    )
+    writers: Literal["source", "all"] = Field(
+        "source", description="Who writes for a model's features: that model itself, or every model."
+    )
+    dose: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (), description="Sizes of seed data that the target is also trained on alone: nested parts of the seed data."
+    )
     recipes: tuple[str, ...] = Field(("head",), min_length=1, description="head, lora, paper-head, paper-lora.")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=3)
 
     @model_validator(mode="after")
     def _no_repeats(self) -> TuneSection:
-        for name, values in (("seeds", self.seeds), ("recipes", self.recipes)):
+        for name, values in (
+            ("seeds", self.seeds),
+            ("recipes", self.recipes),
+            ("arms", self.arms),
+            ("dose", self.dose),
+        ):
             if len(set(values)) < len(values):
                 raise ValueError(f"tune.{name} repeats a value: {list(values)}")
+        if "seed_only" not in self.arms:
+            raise ValueError("tune.arms lacks seed_only, which every gain is counted from")
         return self
 
 
@@ -235,6 +283,12 @@ class Experiment(Section):
     synth: SynthSection = Field(default_factory=lambda: SynthSection.model_validate({}))
     tune: TuneSection = Field(default_factory=lambda: TuneSection.model_validate({}))
 
+    @model_validator(mode="after")
+    def _writers_differ(self) -> Experiment:
+        if self.tune.writers == "all" and self.synth.generator == "chat":
+            raise ValueError("tune.writers is all, but with synth.generator chat one chat model writes everything")
+        return self
+
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Field names of the section that ``location`` points into."""
@@ -242,8 +296,10 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         field = model.model_fields.get(str(step))
         if field is None:
             return [] if model is not Experiment else list(model.model_fields)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        kinds = [k for k in (field.annotation, *get_args(field.annotation)) if isinstance(k, type)]
+        section = next((k for k in kinds if issubclass(k, BaseModel) and k is not ModelSection), None)
+        if section:
+            model = section
         else:
             return list(ModelSection.model_fields)
     return list(model.model_fields)

@@ -109,6 +109,39 @@ def paired_delta(
     return PairedDelta(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / se, n - 1)), sd, n)
 
 
+def ratio_interval(
+    top: Sequence[float] | np.ndarray, bottom: Sequence[float] | np.ndarray, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Ratio of two means of paired values, with Fieller's interval (Fieller 1954).
+
+    Args:
+        top: Numerators.
+        bottom: Denominators, one for each numerator.
+        level: Coverage, over whatever differs between the pairs.
+
+    Returns:
+        Ratio, lower and upper end. The ends are infinite where the mean of ``bottom`` does not differ from 0 at this
+        level: every ratio is then possible. NaN ends for fewer than two pairs; a NaN ratio for a mean of exactly 0.
+
+    Raises:
+        TransferError: For unequal lengths, no pairs, or NaN.
+    """
+    a, b = _finite(top, "numerators"), _finite(bottom, "denominators")
+    if len(a) != len(b):
+        raise TransferError(f"A ratio needs pairs: {len(a)} numerators and {len(b)} denominators.")
+    n, mean_a, mean_b = len(a), float(a.mean()), float(b.mean())
+    value = mean_a / mean_b if mean_b else float("nan")
+    if n < 2:
+        return value, float("nan"), float("nan")
+    (aa, ab), (_, bb) = np.cov(a, b) / n * float(stats.t.ppf((1 + level) / 2, n - 1)) ** 2
+    square = mean_b**2 - bb
+    if square <= 0:
+        return value, float("-inf"), float("inf")
+    middle = mean_a * mean_b - ab
+    half = float(np.sqrt(max(0.0, middle**2 - square * (mean_a**2 - aa))))
+    return value, float((middle - half) / square), float((middle + half) / square)
+
+
 def bootstrap_counts(n: int, draws: int, seed: int, limit: int = 4_000_000) -> Iterator[np.ndarray]:
     """How often each of ``n`` examples is drawn, float32 ``[n, <= limit / n]`` blocks that add up to ``draws`` columns.
 
