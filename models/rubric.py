@@ -13,7 +13,7 @@ from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 
 RUBRICS = PRESETS / "rubrics"
-FIELDS = ("name", "version", "task", "counts", "excludes", "sign", "positive")
+FIELDS = ("name", "version", "task", "counts", "excludes", "sign", "positive", "harmful")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class Rubric:
     """Which direction of the behaviour counts, where that can be mistaken."""
     positive: tuple[str, ...] = ()
     """Labels of data that stand for the task's side, for judges that go by labelled texts."""
+    harmful: bool = False
+    """Whether texts of those labels are harmful, so that writing them is gated and showing them folded."""
 
     @cached_property
     def hash(self) -> str:
-        """Of all its content."""
-        return digest(asdict(self), 8)
+        """Of all that a judge is asked; whether it is about harm changes no verdict."""
+        return digest({k: v for k, v in asdict(self).items() if k != "harmful"}, 8)
 
     @property
     def id(self) -> str:
@@ -79,6 +81,8 @@ def load_rubric(ref: str | Path) -> Rubric:
             raise TransferError(f"The rubric {path}: `{field}` must be a list.")
     if not isinstance(data.get("version", 1), int):
         raise TransferError(f"The rubric {path}: `version` must be a whole number.")
+    if not isinstance(data.get("harmful", False), bool):
+        raise TransferError(f"The rubric {path}: `harmful` must be true or false.")
     return Rubric(
         name=str(data["name"]),
         version=data.get("version", 1),
@@ -87,4 +91,5 @@ def load_rubric(ref: str | Path) -> Rubric:
         excludes=tuple(str(x) for x in data.get("excludes", [])),
         sign=" ".join(str(data.get("sign", "")).split()),
         positive=tuple(str(x) for x in data.get("positive", [])),
+        harmful=data.get("harmful", False),
     )

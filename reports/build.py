@@ -22,7 +22,7 @@ from reports.words import (
     arm_name,
     arm_rank,
     excerpt,
-    is_sensitive,
+    folded,
     metric_name,
     number,
 )
@@ -132,7 +132,7 @@ def spans_for_display(example: Row, side: str) -> list[dict[str, Any]]:
             "cut": excerpt(str(span["text"]), span["start"], span["end"]),
             "value": span["value"],
             "label": span["label"],
-            "fold": is_sensitive(span["label"], example["label"]),
+            "fold": folded(span),
             "at": f"{example['at']}.{side}.{i}",
         }
         for i, span in enumerate(example[side][:MAX_SPANS])
@@ -176,7 +176,7 @@ def _environment(names: Names) -> Environment:
         value=value, bracket=bracket, number=number, name=names, arm_name=arm_name, arms=ARMS, max_table=MAX_TABLE
     )
     environment.globals.update(label=diversity.label, metric_name=metric_name)
-    environment.globals.update(control_arms=CONTROL_ARMS, fold=is_sensitive, max_text=MAX_TEXT, absent=ABSENT)
+    environment.globals.update(control_arms=CONTROL_ARMS, fold=folded, max_text=MAX_TEXT, absent=ABSENT)
     return environment
 
 

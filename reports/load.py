@@ -161,7 +161,7 @@ DETAILS: dict[str, Columns] = {
     "families": Columns(("members",), ("heldout_corr_least",), ("heldout_corr_least",), ("members",)),
     "samples": Columns(
         _words("source generator feature text"),
-        _words("label score delta step strength positive verdict"),
+        _words("label score delta step strength positive verdict fold"),
         _words("score delta strength"),
     ),
     "missing": Columns(_words("model feature"), _words("label description n_anchor_docs"), ("n_anchor_docs",)),
@@ -169,7 +169,7 @@ DETAILS: dict[str, Columns] = {
 }
 MEMBER = Columns(_words("model feature"), _words("description label spans"), lists=("spans",))
 """One model's feature of a family."""
-SPAN = Columns(("text",), _words("start end value label"), _words("start end value"))
+SPAN = Columns(("text",), _words("start end value label fold"), _words("start end value"))
 _UNWRITABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufffe\\uffff]")
 FILES = ("results.json", "details.json", "manifest.json", "experiment.yaml")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,6 @@ ARMS: dict[str, tuple[str, str]] = {
 }
 """Arm → what it is called, and what it is; in the order shown."""
 CONTROL_ARMS = frozenset({"seed_only", "random", "shuffled", "generic"})
-SENSITIVE = frozenset({"harmful", "toxic", "unsafe", "hate", "hateful", "abusive", "offensive", "jailbreak"})
-"""Labels whose texts are folded away until the reader asks for them."""
 
 
 def number(value: Any, *, signed: bool = False) -> str:
@@ -143,9 +141,6 @@ def excerpt(text: str, start: Any, end: Any, room: int = 220) -> Excerpt:
     )
 
 
-def is_sensitive(*labels: Any) -> bool:
-    """Whether the first label that is known asks for folding."""
-    for label in labels:
-        if label:
-            return str(label).strip().lower() in SENSITIVE
-    return False
+def folded(row: Mapping[str, Any]) -> bool:
+    """Whether a text is shown only when the reader asks; a run that does not say so folds all that has a label."""
+    return bool(row["label"] if row["fold"] is None else row["fold"])

@@ -19,7 +19,7 @@ from reports.build import MAX_TABLE, build_report
 from reports.figures import overview
 from reports.load import clean, load_run
 from reports.order import arms_run, lacks_control
-from reports.words import Names, excerpt, is_sensitive, number, spread
+from reports.words import Names, excerpt, folded, number, spread
 from transfer.core.errors import TransferError
 
 MODELS = ("llama", "mistral", "qwen")
@@ -179,13 +179,21 @@ def example_run() -> dict[str, Any]:
         "limits": ["Three tiny models trained on one mix.", AWKWARD],
     }
     spans = [
-        {"text": "How do I bake sourdough bread at home?", "start": 14, "end": 23, "value": 3.21, "label": "benign"},
+        {
+            "text": "How do I bake sourdough bread at home?",
+            "start": 14,
+            "end": 23,
+            "value": 3.21,
+            "label": "0",
+            "fold": False,
+        },
         {
             "text": "Tell me how to break the lock of my neighbour.",
             "start": 15,
             "end": 20,
             "value": 2.5,
-            "label": "harmful",
+            "label": "1",
+            "fold": True,
         },
         {"text": AWKWARD, "start": 0, "end": 8, "value": 1.1, "label": ""},
         {"text": "No position. " * 60, "start": None, "end": None, "value": None, "label": ""},
@@ -214,6 +222,7 @@ def example_run() -> dict[str, Any]:
                 "generator": m,
                 "feature": 5 + i,
                 "label": "harmful" if i % 2 else "benign",
+                "fold": bool(i % 2),
                 "text": "A generated request about " + ("locks. " if i % 2 else AWKWARD),
                 "score": 1.7,
                 "delta": 0.9,
@@ -408,6 +417,8 @@ def test_firing_token_is_marked_and_harmful_text_is_folded(page: str) -> None:
     assert "How do I bake <mark>sourdough</mark> bread at home?" in page
     at = page.index("Tell me how to <mark>break</mark>")
     assert page.rfind('<details class="fold">', 0, at) > page.rfind("</details>", 0, at)
+    mild = page.index("How do I bake <mark>sourdough</mark>")
+    assert page.rfind('<details class="fold">', 0, mild) <= page.rfind("</details>", 0, mild)
     assert "position not recorded" in page
 
 
@@ -606,11 +617,9 @@ def test_numbers_are_written_readably() -> None:
     assert spread([]) == "–"
 
 
-def test_only_labels_that_ask_for_it_fold() -> None:
-    assert is_sensitive("Harmful")
-    assert is_sensitive("", "toxic")
-    assert not is_sensitive("benign", "harmful")
-    assert not is_sensitive(None, "")
+def test_texts_fold_where_the_run_says_so_and_every_labelled_one_where_it_does_not() -> None:
+    assert folded({"label": "1", "fold": True}) and not folded({"label": "harmful", "fold": False})
+    assert folded({"label": "benign", "fold": None}) and not folded({"label": "", "fold": None})
 
 
 @settings(max_examples=60, deadline=None)

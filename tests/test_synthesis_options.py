@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.generators import Prompt, ScriptedGenerator
-from transfer.core.config import DataSection, load_experiment
+from transfer.core.config import Experiment, load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.formats import FORMATS, get_format
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.drafts import Target
 from transfer.duplicates import NEAR, Contamination, MinHashDuplicates, NearDuplicates, jaccard, shingles
-from transfer.safety import check_allowed, is_harmful, shown
+from transfer.safety import check_allowed, folds, is_harmful, shown
 from transfer.strength import Probe, StrengthSearch, find_strengths
 from transfer.synthesis import Options, synthesise
 from transfer.verdicts import Written, judge, passes
@@ -389,26 +389,44 @@ def test_minhash_gives_the_same_verdicts_on_clear_cases() -> None:
         (("not_harmful",), False),
         (("benign", "label"), False),
         (("shattered",), False),
+        (("harmless",), False),
+        (("threats",), True),
+        (("isToxic",), True),
+        (("severe_toxicity",), True),
+        (("hatespeech",), True),
+        (("cyber bullying",), True),
     ],
 )
 def test_labels_that_speak_of_harm(names: tuple[str | None, ...], found: bool) -> None:
     assert is_harmful(*names) is found
 
 
-def test_harmful_classes_need_the_flag_and_bundled_ones_do_not() -> None:
-    own = DataSection.model_validate({"source": "mine.jsonl", "label": "toxic", "positive": "1"})
-    with pytest.raises(TransferError, match="allow_harmful"):
-        check_allowed(own, False)
-    assert check_allowed(own, True)
-    assert not check_allowed(DataSection.model_validate({}), False)
-    mild = DataSection.model_validate({"source": "mine.jsonl", "positive": "question"})
-    assert not check_allowed(mild, False)
-    with pytest.raises(TransferError, match="harmful"):
-        check_allowed(mild, False, rubric_harmful=True)
-    # One split of one's own is enough.
-    mixed = DataSection.model_validate({"seed": "mine.jsonl"})
-    with pytest.raises(TransferError):
-        check_allowed(mixed, False)
+def _experiment(data: dict, **more: Any) -> Experiment:
+    models = {"a": {"model": "zoo:llama", "sae": "zoo:llama/sae"}}
+    return Experiment.model_validate({"name": "x", "models": models, "data": data, **more})
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "gated"),
+    [
+        ({"source": "mine.jsonl", "label": "toxic", "positive": "1"}, {}, True),
+        ({"source": "mine.jsonl", "positive": "question"}, {}, False),
+        ({"source": "mine.jsonl", "positive": "question"}, {"tune": {"task": "toxicity"}}, True),
+        ({"source": "mine.jsonl", "label": "label", "positive": "1"}, {"judge": {"rubric": "toxicity"}}, True),
+        ({"source": "mine.jsonl", "label": "label", "positive": "1"}, {"judge": {"rubric": "helpfulness"}}, False),
+        ({"seed": "mine.jsonl"}, {}, True),  # one split of one's own is enough
+        ({}, {}, False),
+        ({}, {"judge": {"rubric": "toxicity"}}, False),
+    ],
+)
+def test_harmful_classes_need_the_flag_and_bundled_ones_do_not(data: dict, more: dict, gated: bool) -> None:
+    if gated:
+        with pytest.raises(TransferError, match="allow_harmful"):
+            check_allowed(_experiment(data, **more))
+    allowed = _experiment(data, **more, synth={"allow_harmful": True})
+    assert check_allowed(allowed) is gated
+    assert folds(allowed, allowed.data.positive) is (gated or allowed.data.positive == "harmful")
+    assert not folds(allowed, "ordinary")
 
 
 def test_long_texts_are_folded_only_where_asked() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from transfer.core.config import Experiment
 from transfer.core.span import Span
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.families import ranked
+from transfer.safety import folds
 from transfer.spans import top_spans
 from transfer.words import WordCounts, describe
 
@@ -45,13 +47,14 @@ def _spans(store: ActivationStore, corpus: Corpus, features: list[int]) -> dict[
     return top_spans(store, corpus, features, k=SPANS)
 
 
-def _span_row(span: Span, labels: dict[str, str]) -> dict[str, Any]:
+def _span_row(span: Span, labels: dict[str, str], experiment: Experiment) -> dict[str, Any]:
     return {
         "text": span.text,
         "start": span.start,
         "end": span.end,
         "value": float(span.value),
         "label": labels[span.doc_id],
+        "fold": folds(experiment, labels[span.doc_id]),
     }
 
 
@@ -80,8 +83,8 @@ def _examples(
                 "source_description": describe(here[a], background),
                 "target_description": describe(there[b], background),
                 "label": _usual([labels[s.doc_id] for s in here[a] + there[b]]),
-                "source_spans": [_span_row(s, labels) for s in here[a]],
-                "target_spans": [_span_row(s, labels) for s in there[b]],
+                "source_spans": [_span_row(s, labels, pipeline.experiment) for s in here[a]],
+                "target_spans": [_span_row(s, labels, pipeline.experiment) for s in there[b]],
             }
         )
     return rows
@@ -114,7 +117,7 @@ def _families(pipeline: Pipeline, anchor: Corpus, background: WordCounts) -> lis
                     "feature": family[space],
                     "description": describe(found, background),
                     "label": _usual([labels[s.doc_id] for s in found]),
-                    "spans": [_span_row(s, labels) for s in found[:1]],
+                    "spans": [_span_row(s, labels, pipeline.experiment) for s in found[:1]],
                 }
             )
         rows.append({"heldout_corr_least": corr, "members": members})
@@ -134,6 +137,7 @@ def _samples(pipeline: Pipeline, writer: str) -> list[dict[str, Any]]:
             "generator": c.generator,
             "feature": c.feature,
             "label": c.label,
+            "fold": folds(pipeline.experiment, c.label),
             "text": c.text,
             "score": c.score,
             "delta": c.delta,

@@ -374,7 +374,7 @@ class Pipeline:
                     f"tune.dose asks for {large[0]} of {len(corpora['seed'])} seed texts.", "Use smaller parts."
                 )
         if rank >= 3:
-            check_allowed(self.experiment.data, self.experiment.synth.allow_harmful)
+            check_allowed(self.experiment)
         _ = self.adapters
 
     def numbers(self, until: str = "run") -> dict[str, Any]:
@@ -456,7 +456,7 @@ class Pipeline:
             numbers = self.numbers(until)
         resolved = yaml.safe_dump(self.experiment.model_dump(mode="json"), sort_keys=False)
         write_text(self.dir.path / "experiment.yaml", resolved)
-        write_json(self.dir.path / "stages.json", self.dir.stages)
+        self.dir.save_stages()
         if until != "run":
             if self.failed:
                 raise self.failed

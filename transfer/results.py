@@ -68,7 +68,7 @@ def theory(numbers: dict[str, Any], cells: Path, diversity: Path, experiment: Ex
     entropies = read_json(diversity / "entropy.json")
     weights = {(c.target, c.recipe): c.run.n_trainable for c in load_cells(cells / "grid.json")}
     largest = {t: max(n for (other, _), n in weights.items() if other == t) for t, _ in weights}
-    bounds, notes = bound_table.bound_table(numbers["coverage"], entropies, largest)
+    bounds, notes = bound_table.bound_table(numbers["coverage"], entropies, largest, experiment.cover.smoothing)
     written = {(e["target"], e["arm"], e["generator"]): e["n"] for e in entropies}
     return {
         "diversity_correlations": correlations.table({experiment.name: numbers}, headline, experiment.seed),

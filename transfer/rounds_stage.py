@@ -48,7 +48,7 @@ def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tun
         raise TransferError(f"The experiment has no model {model!r}.", f"It has {', '.join(experiment.models)}.")
     if experiment.synth.require != "source":
         raise TransferError("Rounds of one model have no target space.", "Set synth.require: source.")
-    check_allowed(experiment.data, experiment.synth.allow_harmful)
+    check_allowed(experiment)
     check_corpora(pipeline.corpora, experiment.data.positive, evaluate=tune)
     adapter = pipeline.adapters[model]
     store, corpora = pipeline.stores[model], pipeline.corpora

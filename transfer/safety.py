@@ -1,15 +1,17 @@
 """Texts of a harmful class: written only when allowed, and never printed in full by default.
 
-The rule: when the data is not bundled and the class to detect (``data.positive``) or the label column names harm, or
-the caller says that a rubric is harmful, writing texts for it needs ``synth.allow_harmful``. The bundled requests are
-mild by construction, so the demo needs no flag. Texts of the other class are not gated.
+The rule: when the data is not bundled, and the class to detect (``data.positive``) or its column names harm, or the
+task is toxicity, or the judge's rubric is one of harm and names that class, writing texts for it needs
+``synth.allow_harmful``. The bundled requests are mild by construction, so the demo needs no flag. Texts of the other
+class are not gated.
 """
 
 from __future__ import annotations
 
 import re
 
-from transfer.core.config import DataSection
+from models.rubric import load_rubric
+from transfer.core.config import DataSection, Experiment
 from transfer.core.errors import TransferError
 
 HARM = frozenset(
@@ -22,6 +24,11 @@ HARM = frozenset(
     }
 )  # fmt: skip
 """Words of a label, or of the name of its column, that mark a class as harmful."""
+STEMS = (
+    "abus", "bully", "extremis", "harass", "hate", "insult", "jailbreak", "malicious", "misogyn", "nsfw", "obscen",
+    "offensive", "porn", "profan", "racis", "sexis", "terroris", "threat", "toxic", "violen",
+)  # fmt: skip
+"""Beginnings of such words, for compounds and other forms: ``hatespeech``, ``threatening``, ``severetoxicity``."""
 _NOT = frozenset({"non", "not", "no", "without"})
 SHOWN = 60
 """Characters of a harmful text that are printed."""
@@ -30,10 +37,15 @@ SHOWN = 60
 def is_harmful(*names: str | None) -> bool:
     """Whether a label or column name speaks of harm: ``toxic`` and ``is_hateful`` do, ``non-toxic`` does not."""
     for name in names:
-        words = [w.casefold() for w in re.findall(r"[^\W_]+", name or "")]
-        if any(w in HARM and (i == 0 or words[i - 1] not in _NOT) for i, w in enumerate(words)):
+        apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name or "")  # isToxic
+        words = [w.casefold() for w in re.findall(r"[^\W_]+", apart)]
+        if any(_of_harm(w) and (i == 0 or words[i - 1] not in _NOT) for i, w in enumerate(words)):
             return True
     return False
+
+
+def _of_harm(word: str) -> bool:
+    return word in HARM or word.removesuffix("s") in HARM or word.startswith(STEMS)
 
 
 def bundled(data: DataSection) -> bool:
@@ -42,18 +54,27 @@ def bundled(data: DataSection) -> bool:
     return all(ref.startswith("bundled:") for ref in named)
 
 
-def harmful(data: DataSection) -> bool:
-    """Whether the class to detect is one whose texts are gated and folded."""
-    return not bundled(data) and is_harmful(data.positive, data.label)
+def harmful(experiment: Experiment) -> bool:
+    """Whether the class to detect is one whose texts are gated and folded.
+
+    Raises:
+        TransferError: When the judge's rubric cannot be read.
+    """
+    data = experiment.data
+    if bundled(data):
+        return False
+    rubric = load_rubric(experiment.judge.rubric)
+    judged = rubric.harmful and data.positive in rubric.positive
+    return is_harmful(data.positive, data.label) or experiment.tune.task == "toxicity" or judged
 
 
-def check_allowed(data: DataSection, allow: bool, *, rubric_harmful: bool = False) -> bool:
-    """Refuse to write texts of a harmful class without the flag.
+def folds(experiment: Experiment, label: str) -> bool:
+    """Whether texts of this label are shown only when a reader asks for them."""
+    return is_harmful(label) or (label == experiment.data.positive and harmful(experiment))
 
-    Args:
-        data: The experiment's data.
-        allow: ``synth.allow_harmful``.
-        rubric_harmful: Whether the task's rubric marks itself as harmful.
+
+def check_allowed(experiment: Experiment) -> bool:
+    """Refuse to write texts of a harmful class without ``synth.allow_harmful``.
 
     Returns:
         Whether the class is harmful, so that its texts are to be folded.
@@ -61,11 +82,13 @@ def check_allowed(data: DataSection, allow: bool, *, rubric_harmful: bool = Fals
     Raises:
         TransferError: When it is and the flag is not set.
     """
-    found = harmful(data) or rubric_harmful
-    if found and not allow:
+    found = harmful(experiment)
+    if found and not experiment.synth.allow_harmful:
         raise TransferError(
-            f"The class {data.positive!r} is marked as harmful, and synthesis would write texts of it.",
-            "Set synth.allow_harmful: true if you are entitled to and know where the texts will go.",
+            f"The class {experiment.data.positive!r} is taken for harmful (by its name, its column, the task or the "
+            f"rubric {experiment.judge.rubric}), and synthesis would write texts of it.",
+            "Set synth.allow_harmful: true if you are entitled to and know where the texts will go, or name another "
+            "judge.rubric if it is not.",
         )
     return found
 

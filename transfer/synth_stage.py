@@ -54,7 +54,7 @@ def synth(
         TransferError: For texts of a harmful class that are not allowed, or when there is nothing to write for.
     """
     settings = experiment.synth
-    folded = check_allowed(experiment.data, settings.allow_harmful)
+    folded = check_allowed(experiment)
     adapter, steered = adapters[source], writer == source
     report, folder = covered[source]
     delta = load_delta(folder)
@@ -162,7 +162,7 @@ def generic(
     Raises:
         TransferError: For texts of a harmful class that are not allowed.
     """
-    check_allowed(experiment.data, experiment.synth.allow_harmful)
+    check_allowed(experiment)
     settings = experiment.synth
     if settings.generator == "guided":
         settings = settings.model_copy(update={"generator": "steered"})

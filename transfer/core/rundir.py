@@ -79,6 +79,12 @@ class RunDir:
         say(f"{title}  done in {seconds:.1f} s")
         return folder
 
+    def save_stages(self) -> None:
+        """Write ``stages.json``; stages that an earlier command reached and this one did not stay listed."""
+        known = self.path / "stages.json"
+        before = read_json(known) if known.exists() else {}
+        write_json(known, {**before, **self.stages})
+
     def _forget(self, folder: Path, title: str, key: str) -> None:
         """Leave nothing of a stage that refused its input before it wrote anything, nor of a run that is only that."""
         if {p.name for p in folder.iterdir()} == {"key.json"}:
