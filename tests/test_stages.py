@@ -62,6 +62,19 @@ def test_evaluation_texts_are_never_harvested(tmp_path: Path) -> None:
     assert len(corpora["evaluation"]) > 100 and not harvested & {t.text for t in corpora["evaluation"]}
 
 
+def test_one_model_alone_is_covered_but_not_aligned_and_later_stages_stay_listed(tmp_path: Path) -> None:
+    quick = ["cover.bootstrap=10", "models={llama: {model: zoo:llama, sae: zoo:llama/sae}}"]
+    run = Pipeline(load_experiment("demo", quick), tmp_path, [])
+    with pytest.raises(TransferError, match="needs two models"):
+        run.run("align")
+    (row,) = run.run("cover")["coverage"]
+    assert row["n_missing"] > 0 and row["model"] == "zoo:llama"
+    listed = tmp_path / "demo" / "stages.json"
+    assert set(json.loads(listed.read_text())) == {"harvest llama", "cover llama"}
+    Pipeline(load_experiment("demo", quick), tmp_path, []).run("harvest")
+    assert set(json.loads(listed.read_text())) == {"harvest llama", "cover llama"}
+
+
 def test_a_text_of_two_splits_is_refused(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": "ab"[i % 2], "split": s} for i, s in enumerate(["anchor", "seed"] * 3)]
     rows += [{"text": "text 3", "label": "b", "split": "evaluation"}]

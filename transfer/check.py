@@ -87,7 +87,7 @@ def check(experiment: Experiment, *, tflops: float | None = None) -> Check:
     if corpora:
         found.try_(lambda: check_corpora(corpora, experiment.data.positive, evaluate=True))
     if len(experiment.models) < 2:
-        found.problems.append("An alignment needs two models, the experiment has one. Add one under `models`.")
+        found.notes.append("One model: nothing is aligned, and no features are mapped.")
     sides = {}
     for name, section in experiment.models.items():
         model = found.try_(lambda s=section: model_header(s.model))

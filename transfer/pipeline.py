@@ -363,7 +363,7 @@ class Pipeline:
             TransferError: Saying what is wrong with them.
         """
         rank = STAGES.index(until)
-        if rank >= 1 and len(self.experiment.models) < 2:
+        if until == "align" and len(self.experiment.models) < 2:
             raise TransferError("An alignment needs two models, the experiment has one.", "Add one under `models`.")
         corpora = self.corpora
         if rank >= 2:
