@@ -22,7 +22,7 @@ from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus, Text
 from transfer.core.workers import Workers
 from transfer.finetune import Recipe, data_hash
-from transfer.matrix import Cell, CellResult, cell_key, run_cells, write_examples
+from transfer.matrix import Cell, CellResult, cell_key, grid_task, run_cells, write_examples
 from transfer.tasks.base import Predictions
 from transfer.tasks.intent import Intent, weighted_auprc
 
@@ -437,3 +437,11 @@ def test_results_of_the_finished_cells_come_with_the_failure(tmp_path):
         run(cells, tmp_path)
     assert [(r.arm, r.seed) for r in caught.value.results] == [("seed_only", 0), ("seed_only", 1)]
     assert caught.value.failures == {cells[1].name: "ValueError: asked for"}
+
+
+def test_a_toxicity_grid_takes_the_labels_of_its_data() -> None:
+    corpus = Corpus("own", (Text("a", "mild", "fine"), Text("b", "less so", "rude")))
+    assert [label for _, label in grid_task("toxicity", positive="rude").examples(corpus)] == [0, 1]
+    third = Corpus("own", (*corpus.texts, Text("c", "other", "spam")))
+    with pytest.raises(TransferError, match=r"fine, rude, spam.*data\.positive"):
+        grid_task("toxicity", positive="rude").examples(third)

@@ -150,12 +150,16 @@ def grid_task(name: str, **options: Any) -> Task:
         TransferError: For an unknown task, or one that trains on something else.
     """
     task = get_task(name)
-    if "positive" not in {f.name for f in dataclasses.fields(cast(Any, task)) if f.init}:
+    fields = {f.name for f in dataclasses.fields(cast(Any, task)) if f.init}
+    if "positive" not in fields:
         raise TransferError(
             f"The grid cannot run the task {name!r} yet: its arms write single texts with a label, and this task "
             "detects none.",
             "Use intent or toxicity, or a task of your own with an option `positive`.",
         )
+    # Corpora have been read by now: the other label is whatever stands beside the positive one.
+    if "negative" in fields and "positive" in options:
+        options = {"negative": "", **options}
     return get_task(name, **options)
 
 

@@ -375,6 +375,8 @@ class Pipeline:
                 )
         if rank >= 3:
             check_allowed(self.experiment)
+        if rank >= 4:
+            grid_task(self.experiment.tune.task, positive=self.experiment.data.positive).examples(corpora["evaluation"])
         _ = self.adapters
 
     def numbers(self, until: str = "run") -> dict[str, Any]:

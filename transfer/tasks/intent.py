@@ -64,7 +64,7 @@ class Intent:
             raise TransferError(
                 f"{corpus.name} has the labels {', '.join(sorted({t.label for t in corpus}))}, but this task knows "
                 f"{self.positive!r} (positive) and {self.negative or 'one other'!r}.",
-                "Set the task's positive and negative labels.",
+                "Leave two labels in the data, and name the one to detect in data.positive.",
             )
         return [(t.text, int(t.label == self.positive)) for t in corpus]
 
