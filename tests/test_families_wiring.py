@@ -28,6 +28,7 @@ from transfer.core.errors import TransferError
 from transfer.core.space import FeatureView
 from transfer.corpus import load_corpus
 from transfer.details import _families
+from transfer.gathered import numbers_of
 from transfer.pipeline import Pipeline
 from transfer.words import WordCounts
 
@@ -219,7 +220,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_results_hold_what_the_alignments_on_disk_give(small: dict[str, Any]) -> None:
     pipeline = Pipeline(load_experiment(small["file"]), small["folder"] / "runs", [])
-    numbers = pipeline.numbers("align")
+    numbers = numbers_of(pipeline, "align")
     store = small["folder"] / "runs" / ".store"
     folders = [store / place for title, place in pipeline.dir.stages.items() if title.startswith("align ")]
     assert len(folders) == 3
@@ -253,7 +254,7 @@ def test_two_models_run_through(small: dict[str, Any]) -> None:
     experiment = load_experiment(small["file"])
     two = experiment.model_copy(update={"models": {n: experiment.models[n] for n in ("llama", "qwen")}})
     pipeline = Pipeline(two, small["folder"] / "runs", [])
-    numbers = pipeline.numbers("align")
+    numbers = numbers_of(pipeline, "align")
     assert numbers["compositions"] == [] and len(numbers["families"]) == 2
     anchor = pipeline.corpora["anchor"]
     assert _families(pipeline, anchor, WordCounts(t.text for t in anchor)) == []

@@ -97,3 +97,20 @@ def test_coverage_contrasts_pair_the_writer_with_itself():
     (found,) = coverage_contrasts(rows)
     assert (found["control"], found["n_pairs"]) == ("random", 3)
     assert found["delta"] == pytest.approx(0.2) and found["low"] == pytest.approx(0.2) == found["high"]
+
+
+def test_several_writers_for_the_same_features_are_not_more_evidence():
+    """Ten writers that agree on one pair of models say no more about other pairs than one of them."""
+    cells = []
+    for (source, target), gain in {("zoo:a", "zoo:b"): 0.1, ("zoo:b", "zoo:a"): 0.02, ("zoo:c", "zoo:a"): 0.06}.items():
+        for writer in range(10):
+            for seed in range(3):
+                at = {"source": source, "target": target, "generator": f"zoo:w{writer}"}
+                cells.append(made("mapped", seed, 0.5 + gain + 1e-3 * writer + 1e-4 * seed, **at))
+                cells.append(made("random", seed, 0.5 + 1e-3 * writer, **at))
+    found = claims(summarise(cells, "intent", "auprc"), compare(cells, "auprc"), EXPERIMENT)[0]
+    assert found["number"] == pytest.approx(0.06, abs=1e-3) and found["low"] < 0 < 0.15 < found["high"]
+    assert "mean of 30 cells" in found["sentence"] and "interval over pairs of source and target" in found["sentence"]
+    assert found["verdict"].startswith("undecided: would need") and found["verdict"].endswith(
+        "pairs of source and target"
+    )

@@ -98,7 +98,7 @@ def test_a_run_with_failed_cells_writes_its_report_before_it_says_so(
 ) -> None:
     pipeline = Pipeline(load_experiment("demo"), tmp_path, [])
     monkeypatch.setattr(Pipeline, "check", lambda self, until: None)
-    monkeypatch.setattr(Pipeline, "numbers", lambda self, until: dict.fromkeys(MAIN, []))
+    monkeypatch.setattr("transfer.pipeline.numbers_of", lambda pipeline, until: dict.fromkeys(MAIN, []))
     monkeypatch.setattr(Pipeline, "manifest", lambda self: {})
     monkeypatch.setattr("transfer.pipeline.details", lambda pipeline: {})
     monkeypatch.setitem(pipeline.__dict__, "pool", None)

@@ -148,7 +148,9 @@ def quality_correlations(
     names: Mapping[str, str],
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Does a better alignment transfer better? ``QUALITIES`` of each cell against what mapping gains over random.
+    """Does a better alignment transfer better? ``QUALITIES`` of each pair against what mapping gains over random.
+
+    A pair of source and target is one point, whoever wrote: all its writers use the same matches.
 
     Args:
         rows: Transfer rows of one metric.
@@ -164,23 +166,32 @@ def quality_correlations(
     mapped, random = _gains(rows, "mapped"), _gains(rows, "random")
     found: list[dict[str, Any]] = []
     for recipe in dict.fromkeys(at[0] for at in mapped):
-        points = []
+        cells: dict[tuple[str, str], list[tuple[dict[str, float], float]]] = {}
         for (which, target, source, writer), gain in mapped.items():
             record = sets.get((names[target], names[source], names[writer]))
             control = random.get((recipe, target, source, writer), {})
             common = sorted(set(gain) & set(control))
             if which != recipe or record is None or not common:
                 continue
-            held = qualities[names[source], names[target]]
             used = {w["feature"] for w in record["written"]}
-            corr = [value for (i, _), value in held.items() if i in used]
-            predictors = {
+            corr = [value for (i, _), value in qualities[names[source], names[target]].items() if i in used]
+            quality = {
                 "heldout_corr": float(np.mean(corr)) if corr else float("nan"),
                 "verified": record["n_verified"] / len(record["written"]),
                 "n_features": float(record["n_features"]),
             }
             score = float(np.mean([gain[s] - control[s] for s in common]))
-            points.append(correlations.Point(target, "mapped", writer, predictors, score))
+            cells.setdefault((target, source), []).append((quality, score))
+        points = [
+            correlations.Point(
+                target,
+                "mapped",
+                source,
+                {name: float(np.mean([quality[name] for quality, _ in some])) for name in QUALITIES},
+                float(np.mean([score for _, score in some])),
+            )
+            for (target, source), some in cells.items()
+        ]
         if points:
             found += [
                 {"recipe": recipe, **row.summary()} for row in correlations.correlations(points, QUALITIES, seed=seed)

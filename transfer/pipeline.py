@@ -16,13 +16,13 @@ import yaml
 from aligners.calibrate import shuffled
 from models.adapter import Adapter
 from models.headers import misfits, model_header, sae_header
-from transfer import arms, families, gains, results, set_diversity, stages, synth_stage, tune_stage
+from transfer import arms, set_diversity, stages, synth_stage, tune_stage
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment
 from transfer.core.console import say
 from transfer.core.env import machine, versions
 from transfer.core.errors import TransferError
-from transfer.core.files import file_hash, read_json, write_json
+from transfer.core.files import file_hash, write_json
 from transfer.core.outcomes import CoverageReport, SynthesisRun
 from transfer.core.rundir import RunDir, write_text
 from transfer.core.space import FeatureSpace
@@ -32,6 +32,7 @@ from transfer.core.workers import Workers
 from transfer.delta import DeltaRule
 from transfer.details import details
 from transfer.finetune import get_recipe
+from transfer.gathered import STAGES, numbers_of
 from transfer.judging import judge_inputs
 from transfer.matrix import FailedCells, grid_task
 from transfer.safety import check_allowed
@@ -39,8 +40,6 @@ from transfer.splits import check_corpora, load_corpora
 
 LIBRARIES = ("models.language", "transfer.classifier", "peft", "transformers.trainer", "sklearn.metrics")
 """What worker processes write and train with."""
-
-STAGES = ("harvest", "align", "cover", "synth", "tune", "eval", "run")
 
 
 class Pipeline:
@@ -70,6 +69,11 @@ class Pipeline:
     def corpora(self) -> dict[str, Corpus]:
         """Anchor, seed and evaluation texts."""
         return self._loaded[0]
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """Texts of other splits, counted."""
+        return self._loaded[1]
 
     @cached_property
     def _loaded(self) -> tuple[dict[str, Corpus], dict[str, int]]:
@@ -379,63 +383,6 @@ class Pipeline:
             grid_task(self.experiment.tune.task, positive=self.experiment.data.positive).examples(corpora["evaluation"])
         _ = self.adapters
 
-    def numbers(self, until: str = "run") -> dict[str, Any]:
-        """The numbers up to a stage; the whole of ``results.json`` after the last one."""
-        rank = STAGES.index(until)
-        self.check(until)
-        checks = {name: read_json(folder / "check.json") for name, folder in self.harvests.items()}
-        numbers: dict[str, Any] = {
-            "data": {"texts": {s: len(c) for s, c in self.corpora.items()}, "unused": self._loaded[1]},
-            "harvest": [stages.store_summary(n, s, checks[n]) for n, s in self.stores.items()],
-        }
-        if rank == 0:
-            return numbers
-        pairs = itertools.permutations(self.experiment.models, 2)
-        settings = self.experiment.align
-        numbers["alignments"] = [self.alignments[s, t, m].summary() for s, t in pairs for m in settings.methods]
-        numbers["carriers"] = [
-            {
-                "source": a.source.model,
-                "target": a.target.model,
-                "n_pairs": len(a),
-                "q_value": settings.q_value,
-            }
-            for a in (self.carriers(s, t) for s, t in itertools.permutations(self.experiment.models, 2))
-        ]
-        numbers.update(families.numbers(self.in_use, settings.q_value, seed=self.experiment.seed))
-        numbers["context"] = [row for folder in self.aligned.values() for row in read_json(folder / "context.json")]
-        if rank >= 2:
-            numbers["coverage"] = [report.summary() for report, _ in self.coverage.values()]
-            numbers["room"] = gains.room(numbers["coverage"], self.experiment.cover.least_missing)
-            numbers["coverage_curves"] = [
-                row for _, folder in self.coverage.values() for row in read_json(folder / "curves.json")
-            ]
-        if rank >= 3:
-            numbers["synthesis"] = [
-                row for _, folder in self.written.values() for row in read_json(folder / "rows.json")
-            ]
-            numbers["coverage"] += read_json(self.datasets / "coverage.json")
-            numbers["coverage_contrasts"] = results.coverage_contrasts(numbers["coverage"])
-            numbers["diversity"] = read_json(self.diversity / "diversity.json")
-        if rank >= 4:
-            numbers.update(results.transfer_table(self.cells, self.experiment, numbers["room"]))
-            numbers.update(gains.tables(numbers, self.cells, self.datasets, self._qualities(), self.experiment))
-            failures = self.failed.failures if self.failed else {}
-            numbers["failed_cells"] = [{"cell": cell, "problem": problem} for cell, problem in failures.items()]
-            numbers.update(results.theory(numbers, self.cells, self.diversity, self.experiment))
-            numbers["alerts"] = results.alerts(numbers, self.stores, self.experiment)
-            numbers["limits"] = results.limits(self.experiment)
-        return numbers
-
-    def _qualities(self) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
-        """Held-out correlation of each carrier (source feature, target feature), by source and target."""
-        found = {}
-        for source, target in itertools.permutations(self.experiment.models, 2):
-            m = self.carriers(source, target).matches
-            pairs = zip(m["source"].tolist(), m["target"].tolist(), strict=True)
-            found[source, target] = dict(zip(pairs, m["heldout_corr"].tolist(), strict=True))
-        return found
-
     def run(self, until: str = "run") -> dict[str, Any]:
         """Run the stages up to ``until`` (one of ``STAGES``) and write what the run folder holds.
 
@@ -455,7 +402,7 @@ class Pipeline:
             ):
                 # The first stages need one process: the others get ready meanwhile.
                 self.pool.warm(*LIBRARIES)
-            numbers = self.numbers(until)
+            numbers = numbers_of(self, until)
         resolved = yaml.safe_dump(self.experiment.model_dump(mode="json"), sort_keys=False)
         write_text(self.dir.path / "experiment.yaml", resolved)
         self.dir.save_stages()

@@ -132,7 +132,8 @@ def _pooled(
     """One arm against one control, averaged over all cells of a recipe.
 
     Seeds of the training share their texts, and every cell has texts of its own; the interval is over seeds or over
-    cells, whichever is wider, so that the luck of one set of texts does not look like certainty.
+    cells (with several writers: over pairs of source and target), whichever is wider, so that the luck of one set of
+    texts does not look like certainty.
     """
     cells = [c for c in comparisons if (c.recipe, c.arm, c.control) == (recipe, arm, control)]
     if not cells:
@@ -154,12 +155,13 @@ def _pooled(
     if not seeds:
         return None
     treated, against = (np.array([[pair[side][s] for s in seeds] for pair in pairs]) for side in (0, 1))
-    over = {
-        "seeds": stats.paired_delta(treated.mean(axis=0), against.mean(axis=0)),
-        "cells": stats.paired_delta(treated.mean(axis=1), against.mean(axis=1)),
-    }
-    if len(cells) < 2:
-        del over["cells"]
+    over = {"seeds": stats.paired_delta(treated.mean(axis=0), against.mean(axis=0))}
+    # What several writers wrote for the same features is no independent evidence: their mean counts once.
+    place = [(c.source, c.target) for c in cells]
+    units = [np.array([p == unit for p in place]) for unit in dict.fromkeys(place)]
+    if len(units) > 1:
+        name = "cells" if len(units) == len(cells) else "pairs of source and target"
+        over[name] = stats.paired_delta(*([side[u].mean() for u in units] for side in (treated, against)))
     widest = max(over, key=lambda name: np.nan_to_num(over[name].high - over[name].low, nan=-1.0))
     d = over[widest]
     better = sum(c.delta > 0 for c in cells)
