@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
-GROUP = 16
-"""Rows of a block that one maximum of a column stands for."""
-CHUNK = 64
-"""Columns of a block that one maximum of a row stands for."""
+LANES = 64
+"""Scores that are compared at once."""
 SORTED = 2**20
 """Entries sorted at once for the tables."""
 LAST = 2**32 - 1
@@ -54,7 +54,7 @@ class Leaders:
         def scan(start: int, stop: int) -> None:
             if group > 1:
                 _reach_rows(block, start, stop, group, self.keep, self.known)
-            _scan_rows(block, start, stop, partner, CHUNK, self.keep, self.known, self.counts, self.pairs, self.numbers)
+            _scan_rows(block, start, stop, partner, self.keep, self.known, self.counts, self.pairs, self.numbers)
 
         _spread(scan, len(block))
 
@@ -73,7 +73,7 @@ class Leaders:
         def scan(start: int, stop: int) -> None:
             if group > 1:
                 _reach_columns(block, start, stop, group, self.keep, self.known[own])
-            _scan_columns(block, start, stop, partner, GROUP, self.keep, *numbers, *lists)
+            _scan_columns(block, start, stop, partner, self.keep, *numbers, *lists)
 
         _spread(scan, block.shape[1])
 
@@ -112,7 +112,7 @@ def _spread(work: Callable[[int, int], None], total: int) -> None:
     """Do ``work(start, stop)`` on ranges that cover ``total``, one for each of torch's threads."""
     import torch
 
-    threads = min(torch.get_num_threads(), max(1, total // CHUNK))
+    threads = min(torch.get_num_threads(), max(1, total // LANES))
     if threads == 1:
         work(0, total)
         return
@@ -200,14 +200,41 @@ def _reach_columns(block: np.ndarray, start: int, stop: int, group: int, keep: i
         known[start + i] = max(_reached(best[:, i].copy(), keep) - 1, 0)
 
 
-@_compiled
-def _chunk_maxima(row: np.ndarray, chunk: int, best: np.ndarray) -> None:
-    for k in range(len(best)):
-        part = row[k * chunk : (k + 1) * chunk]
-        largest = part[0]
-        for i in range(len(part)):
-            largest = max(largest, part[i])
-        best[k] = largest
+@intrinsic
+def _exceeding(_: object, scores: types.Array, i: types.Integer, least: types.Type, j: types.Integer) -> tuple:
+    """Bit b of the result: ``scores[i + b]`` exceeds ``least``, or ``least[j + b]`` if that is an array.
+
+    One vector comparison, which no loop over the entries is compiled to.
+    """
+
+    def generate(context, builder, signature, arguments):
+        item = context.get_data_type(scores.dtype)
+        lanes, place = ir.VectorType(item, LANES), ir.VectorType(ir.IntType(32), LANES)
+
+        def loaded(at: int) -> ir.Value:
+            data = context.make_array(signature.args[at])(context, builder, arguments[at]).data
+            pointer = builder.bitcast(builder.gep(data, [arguments[at + 1]]), lanes.as_pointer())
+            return builder.load(pointer, align=item.width // 8)
+
+        if isinstance(least, types.Array):
+            bound = loaded(2)
+        else:
+            one = builder.insert_element(ir.Constant(lanes, ir.Undefined), arguments[2], ir.Constant(place.element, 0))
+            bound = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), ir.Constant(place, None))
+        return builder.bitcast(builder.icmp_signed(">", loaded(0), bound), ir.IntType(LANES))
+
+    bound = least if isinstance(least, types.Array) else scores.dtype
+    return types.uint64(scores, types.intp, bound, types.intp), generate
+
+
+@intrinsic
+def _lowest(_: object, bits: types.Integer) -> tuple:
+    """Position of the lowest bit that is set."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
 
 
 @_compiled
@@ -216,7 +243,6 @@ def _scan_rows(
     start: int,
     stop: int,
     partner: int,
-    chunk: int,
     keep: int,
     known: np.ndarray,
     counts: np.ndarray,
@@ -224,18 +250,21 @@ def _scan_rows(
     numbers: np.ndarray,
 ) -> None:
     """Add what exceeds the known values of rows ``start`` to ``stop`` to their lists."""
-    chunks, none = -(-block.shape[1] // chunk), numbers[:0, 0]
-    best = np.empty(chunks, block.dtype)
+    columns, none = block.shape[1], numbers[:0, 0]
     for r in range(start, stop):
         row, mine, top, count = block[r], pairs[r], known[r], counts[r]
-        _chunk_maxima(row, chunk, best)
-        for k in range(chunks):
-            if best[k] <= top:
-                continue
-            part, lowest = row[k * chunk : (k + 1) * chunk], LAST - partner - k * chunk
-            for i in range(len(part)):
-                if part[i] > top:
-                    mine[count] = (np.int64(part[i]) << 32) + (lowest - i)
+        for c in range(0, columns, LANES):
+            if columns - c >= LANES:
+                bits = _exceeding(row, c, top, 0)
+            else:
+                bits = np.uint64(0)
+                for b in range(columns - c):
+                    bits |= np.uint64(row[c + b] > top) << np.uint64(b)
+            while bits:
+                i = c + np.int64(_lowest(bits))
+                bits &= bits - np.uint64(1)
+                if row[i] > top:
+                    mine[count] = (np.int64(row[i]) << 32) + (LAST - partner - i)
                     count += 1
                     if count == len(mine):
                         top, count = block.dtype.type(_cut(mine, none, keep)), keep
@@ -248,7 +277,6 @@ def _scan_columns(
     start: int,
     stop: int,
     partner: int,
-    group: int,
     keep: int,
     first: np.ndarray,
     second: np.ndarray,
@@ -258,25 +286,24 @@ def _scan_columns(
     numbers: np.ndarray,
 ) -> None:
     """The same for columns; ``first`` and ``second`` are their numbers, if any travel."""
-    best, none = np.empty(stop - start, block.dtype), numbers[:0, 0]
-    for top in range(0, len(block), group):
-        end = min(top + group, len(block))
-        best[:] = block[top, start:stop]
-        for r in range(top + 1, end):
-            part = block[r, start:stop]
-            for i in range(len(best)):
-                best[i] = max(best[i], part[i])
-        for i in range(len(best)):
-            c = start + i
-            if best[i] <= known[c]:
-                continue
-            for r in range(top, end):
-                if block[r, c] > known[c]:
-                    count = counts[c]
-                    pairs[c, count] = (np.int64(block[r, c]) << 32) + (LAST - (partner + r))
-                    if len(numbers):
-                        numbers[c, count, 0], numbers[c, count, 1] = first[r, c], second[r, c]
-                    counts[c] = count + 1
-                    if count + 1 == pairs.shape[1]:
-                        known[c] = _cut(pairs[c], numbers[c] if len(numbers) else none, keep)
-                        counts[c] = keep
+    none = numbers[:0, 0]
+    for r in range(len(block)):
+        row = block[r]
+        for c in range(start, stop, LANES):
+            if stop - c >= LANES:
+                bits = _exceeding(row, c, known, c)
+            else:
+                bits = np.uint64(0)
+                for b in range(stop - c):
+                    bits |= np.uint64(row[c + b] > known[c + b]) << np.uint64(b)
+            while bits:
+                i = c + np.int64(_lowest(bits))
+                bits &= bits - np.uint64(1)
+                count = counts[i]
+                pairs[i, count] = (np.int64(row[i]) << 32) + (LAST - partner - r)
+                if len(numbers):
+                    numbers[i, count, 0], numbers[i, count, 1] = first[r, i], second[r, i]
+                counts[i] = count + 1
+                if count + 1 == pairs.shape[1]:
+                    known[i] = _cut(pairs[i], numbers[i] if len(numbers) else none, keep)
+                    counts[i] = keep

@@ -272,7 +272,7 @@ def test_threads_do_not_change_the_lists(monkeypatch: pytest.MonkeyPatch) -> Non
     x, y = (UnitRows.of(v) for v in planted(np.random.default_rng(0), 700, 900, 32))
     one = shortlist(x, y, 12, torch.float32, Tiling(256, 256, 512), "cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(leaders, "CHUNK", 16)
+    monkeypatch.setattr(leaders, "LANES", 16)
     three = shortlist(x, y, 12, torch.float32, Tiling(256, 256, 512), "cpu")
     for part in dataclasses.fields(Shortlist):
         assert np.array_equal(getattr(one, part.name), getattr(three, part.name))
