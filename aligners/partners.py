@@ -20,7 +20,6 @@ from aligners.coactivation import (
     measured,
     refuse_unknown,
 )
-from aligners.shortlist import GROUP, Leaders, as_ordered, offer_columns, offer_rows
 from aligners.sparse_partners import few_events, flipped, meeting_partners
 from transfer.core.errors import TransferError
 
@@ -59,7 +58,7 @@ def top_partners(
     Raises:
         TransferError: For k < 1 or an unknown measure.
     """
-    import torch
+    from aligners.leaders import Leaders
 
     if k < 1:
         raise TransferError(f"Top partners need k ≥ 1, got {k}.")
@@ -69,38 +68,21 @@ def top_partners(
         rows = Partners(*meeting_partners(codes, k, measure, min_support))
         return rows, Partners(*meeting_partners(flipped(codes), k, measure, min_support))
     block = block_features(n_tgt, n_src, sums_bytes)
-    width = -(-n_tgt // GROUP) * GROUP
-    strip = torch.full((1, block, width), -torch.inf)
+    scores = np.empty((block, n_tgt), dtype=np.float32)
     score = _Score(codes, measure, min_support)
-    keep = k + SPARE
-    current: list[Joint] = []
-
-    def carry(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        row, col = source.numpy() - current[-1].features[0], target.numpy()
-        return torch.from_numpy(np.stack([current[-1].n11[row, col], current[-1].products[row, col]], axis=1))
-
-    columns = Leaders(n_tgt, n_src, keep, carry=carry)
-    known = torch.zeros(width, dtype=torch.int32)
+    columns = Leaders(n_tgt, k + SPARE, np.int32, numbers=True)
     listed: list[Partners] = []
     for joint in joint_blocks(codes, sums_bytes=sums_bytes):
-        current[:] = [joint]
-        live = len(joint.features)
-        score.fill(joint, strip[0, :live, :n_tgt].numpy())
-        strip[0, live:] = -torch.inf
-        best = Leaders(block, n_tgt, keep)
-        offer_rows(best, strip, torch.amax(as_ordered(strip[0]).view(block, GROUP, -1), 1)[:live, None])
-        best.merge()
-        ids = best.table()[0][:live]
-        at = (np.arange(live)[:, None], ids)
+        live = scores[: len(joint.features)]
+        score.fill(joint, live)
+        best = Leaders(len(live), k + SPARE, np.int32)
+        best.offer_rows(live.view(np.int32), 0)
+        ids = best.table()[0]
+        at = (np.arange(len(live))[:, None], ids)
         listed.append(_ordered(codes, measure, joint.features, ids, joint.n11[at], joint.products[at], k))
-        offer_columns(columns, strip[0], known, (int(joint.features[0]), 0), GROUP)
-        if columns.waiting > n_tgt * keep // 2:
-            columns.merge()
-            known[:n_tgt] = as_ordered(columns.floor().float())
-    columns.merge()
-    ids = columns.table()[0]
-    n11, products = np.zeros(ids.shape), np.zeros(ids.shape)
-    n11[ids >= 0], products[ids >= 0] = columns.carried.numpy().T
+        columns.offer_columns(live.view(np.int32), 0, int(joint.features[0]), (joint.n11, joint.products))
+    ids, _, _, numbers = columns.table()
+    n11, products = np.where(ids[:, :, None] >= 0, numbers, 0).transpose(2, 0, 1)
     rows = Partners(*(np.concatenate([getattr(p, f.name) for p in listed]) for f in dataclasses.fields(Partners)))
     return rows, _ordered(codes, measure, np.arange(n_tgt), ids, n11.astype(np.int64), products, k, flip=True)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from aligners.shortlist import Shortlist, Tiling, UnitRows, shortlist, true_entries
+from aligners.shortlist import Shortlist, Tiling, UnitRows, shortlist
 
 if TYPE_CHECKING:
     import torch
@@ -40,27 +40,21 @@ def both_topk(
     k-th place). A list stands when its k-th exact score exceeds the best fast score left out by more than that.
     Pairs are scored once for both directions, which share most of them.
     """
-    tiling = tiling or Tiling.fitting(len(source), len(target), fast.itemsize)
     k_row, k_col = min(k, len(target)), min(k, len(source))
-    found = shortlist(source, target, k + spare, fast, tiling, device)
+    found = shortlist(source, target, k + spare, fast, tiling or Tiling(), device)
     relative = 2.0**-8 if fast.itemsize == 2 else 2.0**-20
-    base = 1.5 * _base_error(source, target, found, relative, device) + 2 / found.unit
+    base = 1.5 * _base_error(source, target, found, relative, device)
     row_open, row_left = _contenders(found.row_scores, found.row_floor, k_row, base, relative)
     col_open, col_left = _contenders(found.col_scores, found.col_floor, k_col, base, relative)
 
     width = len(target)
     row_keys = np.nonzero(row_open)[0] * width + found.row_ids[row_open]
     col_keys = found.col_ids[col_open] * width + np.nonzero(col_open)[0]
-    keys = np.concatenate([row_keys, col_keys])
-    keys.sort()
-    keys = keys[np.diff(keys, prepend=-1) > 0]
-    exact = pair_scores(source, target, keys // width, keys % width, device)
-
-    row_exact = _looked_up(keys, exact, row_keys)
-    col_exact = _looked_up(keys, exact, col_keys)
+    keys, at = np.unique(np.concatenate([row_keys, col_keys]), return_inverse=True)
+    exact = pair_scores(source, target, keys // width, keys % width, device)[at]
+    row_exact, col_exact = exact[: len(row_keys)], exact[len(row_keys) :]
     seen = [(row_exact, found.row_scores[row_open]), (col_exact, found.col_scores[col_open])]
     worst = max((float(np.max(np.abs(e - f) - relative * np.abs(f), initial=0.0)) for e, f in seen), default=0.0)
-    worst += 2 / found.unit
     rows, row_sure = _settled(found.row_ids, row_open, row_exact, row_left, k_row, worst, relative)
     cols, col_sure = _settled(found.col_ids, col_open, col_exact, col_left, k_col, worst, relative)
     for lists, sure, a, b, side_k in ((rows, row_sure, source, target, k_row), (cols, col_sure, target, source, k_col)):
@@ -126,7 +120,7 @@ def exact_rows(source: UnitRows, target: UnitRows, rows: Int[np.ndarray, " n"], 
         for t in range(0, len(target), tile):
             torch.mm(block, target.block(slice(t, t + tile), dtype, device).T, out=products[:, t : t + tile])
         reached = torch.topk(products, k, dim=1).values[:, -1:]
-        row, col = (part.cpu().numpy() for part in true_entries(products >= reached - close))
+        row, col = np.nonzero((products >= reached - close).cpu().numpy())
         exact = pair_scores(source, target, chosen[row], col, device)
         order = np.lexsort((col, -exact, row))
         first = np.searchsorted(row, np.arange(len(chosen)))
@@ -159,9 +153,11 @@ def _settled(
     """The best k of each list by exact score, and which lists are sure to be right."""
     scores = np.full(ids.shape, -np.inf, dtype=exact.dtype)
     scores[opened] = exact
-    by_id = np.argsort(ids, axis=1, kind="stable")
-    ids, scores = np.take_along_axis(ids, by_id, axis=1), np.take_along_axis(scores, by_id, axis=1)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.argsort(-scores, axis=1)
+    ranked = np.take_along_axis(scores, best, axis=1)
+    tied = np.flatnonzero(np.any((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] > -np.inf), axis=1))
+    best[tied] = np.lexsort((ids[tied], -scores[tied]), axis=1)
+    best = best[:, :k]
     ids, scores = np.take_along_axis(ids, best, axis=1), np.take_along_axis(scores, best, axis=1)
     return (ids, scores), scores[:, -1] > left + base + relative * np.abs(left)
 
@@ -175,11 +171,3 @@ def _base_error(source: UnitRows, target: UnitRows, found: Shortlist, relative: 
     exact = pair_scores(source, target, at, found.row_ids[rows][listed], device)
     fast = found.row_scores[rows][listed]
     return float(np.max(np.abs(exact - fast) - relative * np.abs(fast), initial=0.0))
-
-
-def _looked_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Values of the wanted keys; asked for in order, which the cache likes four times better."""
-    order = np.argsort(wanted)
-    out = np.empty(len(wanted), dtype=values.dtype)
-    out[order] = values[np.searchsorted(keys, wanted[order])]
-    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligners import rerank, topk
+from aligners import leaders, rerank, topk
 from aligners.csls import csls_nearest
+from aligners.leaders import Leaders
 from aligners.rerank import both_topk, exact_rows, pair_scores
-from aligners.shortlist import STRIP_BYTES, Leaders, Tiling, UnitRows, shortlist
+from aligners.shortlist import Shortlist, Tiling, UnitRows, _selected, shortlist
 from aligners.topk import TopK, fast_dtype, neighbour_means, topk_cosine, unit_rows
 from transfer.core.errors import TransferError
 
@@ -168,13 +170,12 @@ def test_full_search_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(ids, best(dense(x, y), 9)[[3, 7, 8, 40]])
 
 
-def test_strips_stay_in_their_budget() -> None:
-    for n in (1, 17, 5_000, 65_536, 131_072, 1_000_000):
-        for itemsize in (2, 4):
-            tiling = Tiling.fitting(n, n, itemsize)
-            width = -(-n // tiling.cols) * tiling.cols
-            assert tiling.rows % tiling.group == 0 and tiling.cols % tiling.group == 0
-            assert tiling.rows * width * itemsize <= STRIP_BYTES or tiling.rows == tiling.group
+@pytest.mark.parametrize("shape", [Tiling(), Tiling(16, 32, 8), Tiling(7, 5, 11), Tiling(1, 64, 32)])
+def test_tiles_cover_every_column_once(shape: Tiling) -> None:
+    for n in (1, 7, 8, 9, 500, 20_000):
+        spans = list(shape.spans(n))
+        assert [i for first, last in spans for i in range(first, last)] == list(range(n))
+        assert all(last - first <= max(shape.first, shape.cols) for first, last in spans)
 
 
 def test_memory_stays_far_below_the_full_matrix() -> None:
@@ -221,23 +222,73 @@ def test_refusals(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         topk_cosine(good, good, 0)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 6), st.integers(1, 4), st.integers(0, 99))
-def test_leaders_keep_the_best(owners: int, partners: int, keep: int, rounds: int, seed: int) -> None:
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 200),
+    st.integers(1, 6),
+    st.integers(1, 70),
+    st.sampled_from([np.int16, np.int32]),
+    st.sampled_from(["ties", "spread", "rising", "negative"]),
+    st.integers(0, 99),
+)
+def test_leaders_keep_the_best(n: int, m: int, keep: int, step: int, bits: type, kind: str, seed: int) -> None:
+    """Both directions are the sorted positive entries, whatever the blocks: scores, ids by lower, floors, numbers."""
     rng = np.random.default_rng(seed)
-    scores = rng.integers(1, 6, size=(owners, partners)) / 5  # many ties
-    leaders = Leaders(owners, partners, keep)
-    for part in np.array_split(rng.permutation(owners * partners), rounds):
-        owner, partner = np.divmod(part, partners)
-        score = torch.from_numpy(scores[owner, partner].astype(np.float32))
-        leaders.add(torch.from_numpy(owner), torch.from_numpy(partner), score)
-        leaders.merge()
-    ids, got, floor = leaders.table()
-    want = best(scores, keep)
-    assert np.array_equal(ids[:, : want.shape[1]], want)
-    assert np.all(ids[:, want.shape[1] :] == -1)
-    assert np.allclose(got[:, : want.shape[1]], np.take_along_axis(scores, want, axis=1), atol=1e-6)
-    assert np.allclose(floor, got[:, -1] if partners >= keep else 0.0)
+    scores = {
+        "ties": rng.integers(-2, 4, size=(n, m)) / 4,
+        "spread": rng.normal(size=(n, m)),
+        "rising": np.add.outer(np.arange(n), np.arange(m)) / 256 - 0.1,  # the best come last
+        "negative": -rng.random((n, m)),
+    }[kind].astype(np.float32)
+    ordered = scores.view(np.int32)
+    if bits is np.int16:
+        ordered = (ordered >> 16).astype(np.int16)
+        scores = (ordered.astype(np.int32) << 16).view(np.float32)
+    first, second = rng.integers(100, size=(n, m), dtype=np.int32), rng.random((n, m))
+    rows, columns = Leaders(n, keep, bits), Leaders(m, keep, bits, numbers=True)
+    for r in range(0, n, step):
+        for c in range(0, m, step):
+            at = slice(r, r + step), slice(c, c + step)
+            columns.offer_columns(ordered[at].copy(), c, r, (first[at].copy(), second[at].copy()))
+    for c in range(0, m, step):
+        rows.offer_rows(ordered[:, c : c + step].copy(), c)
+    for lists, all_scores in ((rows, scores), (columns, scores.T)):
+        ids, got, floor, numbers = lists.table()
+        want = best(all_scores, keep)
+        reached = np.take_along_axis(all_scores, want, axis=1)
+        wide = want.shape[1]
+        assert np.array_equal(ids[:, :wide], np.where(reached > 0, want, -1)) and np.all(ids[:, wide:] == -1)
+        assert np.array_equal(got[:, :wide], np.where(reached > 0, reached, -np.inf))
+        full = reached[:, -1] if wide == keep else 0.0
+        assert np.array_equal(floor, np.maximum(full, 0) * np.ones(len(floor)))
+        if lists is columns:
+            owner, slot = np.nonzero(ids >= 0)
+            assert np.array_equal(numbers[owner, slot, 0], first[ids[owner, slot], owner])
+            assert np.array_equal(numbers[owner, slot, 1], second[ids[owner, slot], owner])
+
+
+def test_threads_do_not_change_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = (UnitRows.of(v) for v in planted(np.random.default_rng(0), 700, 900, 32))
+    one = shortlist(x, y, 12, torch.float32, Tiling(256, 256, 512), "cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(leaders, "LANES", 16)
+    three = shortlist(x, y, 12, torch.float32, Tiling(256, 256, 512), "cpu")
+    for part in dataclasses.fields(Shortlist):
+        assert np.array_equal(getattr(one, part.name), getattr(three, part.name))
+
+
+@pytest.mark.parametrize("n", [9, 300])
+def test_lists_of_another_device_bound_what_they_leave_out(n: int) -> None:
+    """What runs on a GPU, run here: its lists are the best products, and its floors hold."""
+    x, y = (UnitRows.of(v) for v in planted(np.random.default_rng(0), n, 400, 32))
+    found = _selected(x, y, 12, torch.float32, Tiling(64, 64), "cpu")
+    cosine = dense(x.values, y.values)
+    for ids, floor, scores in ((found.row_ids, found.row_floor, cosine), (found.col_ids, found.col_floor, cosine.T)):
+        assert np.array_equal(ids, best(scores, 12))
+        left = scores.copy()
+        np.put_along_axis(left, ids, -np.inf, axis=1)
+        assert np.all(left.max(axis=1) <= floor + 1e-6)
 
 
 @settings(max_examples=25, deadline=None)

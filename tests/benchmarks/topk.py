@@ -16,6 +16,8 @@ from tests.benchmarks.case import row, seconds, watched
 
 K = 32
 BLOCK = 2048
+SHAPES = ((4096, 512), (2048, 1024), (2048, 512), (1024, 1024), (4096, 2048))
+"""Of the product whose rate is the limit."""
 
 
 def dictionaries(n: int, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -43,13 +45,15 @@ def blockwise(x: torch.Tensor, y: torch.Tensor) -> None:
 
 
 def product_rate(n: int, d: int, dtype: torch.dtype) -> float:
-    """GFLOP/s of the bare product, in the shape it has inside."""
-    x, y, out = torch.ones((4096, d), dtype=dtype), torch.ones((2048, d), dtype=dtype), torch.empty((4096, 2048))
-    out = out.to(dtype)
-    torch.mm(x, y.T, out=out)
-    times = max(1, min(64, n * n // (32 * 4096 * 2048)))
-    taken = seconds(lambda: [torch.mm(x, y.T, out=out) for _ in range(times)])
-    return times * 2 * 4096 * 2048 * d / taken / 1e9
+    """GFLOP/s of the bare product of n × n pairs or a part of them, in the shape that is best here."""
+    best = 0.0
+    for rows, cols in SHAPES:
+        x, y, out = (torch.ones(shape, dtype=dtype) for shape in ((rows, d), (cols, d), (rows, cols)))
+        torch.mm(x, y.T, out=out)
+        times = max(1, min(2**36 // (rows * cols * d), n * n // (rows * cols)))
+        taken = seconds(lambda out=out, x=x, y=y, times=times: [torch.mm(x, y.T, out=out) for _ in range(times)])
+        best = max(best, times * 2 * rows * cols * d / taken / 1e9)
+    return best
 
 
 def recall(x: np.ndarray, y: np.ndarray, ids: np.ndarray) -> float:
