@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -51,7 +53,8 @@ def test_the_interval_of_a_ratio_holds_what_a_test_would_not_reject() -> None:
     value, low, high = ratio_interval(top, bottom)
     assert low < value < high
     for end in (low, high):
-        assert scipy_stats.ttest_1samp(top - end * bottom, 0).pvalue == pytest.approx(0.05, abs=1e-6)
+        found: Any = scipy_stats.ttest_1samp(top - end * bottom, 0)
+        assert found.pvalue == pytest.approx(0.05, abs=1e-6)
     assert ratio_interval([1.0, 1.1, 0.9], [0.1, -0.1, 0.05])[1:] == (-np.inf, np.inf)
     assert np.isnan(ratio_interval([1.0], [2.0])[1]) and ratio_interval([1.0], [2.0])[0] == 0.5
     with pytest.raises(TransferError, match="needs pairs"):
