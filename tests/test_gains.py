@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -51,7 +53,8 @@ def test_the_interval_of_a_ratio_holds_what_a_test_would_not_reject() -> None:
     value, low, high = ratio_interval(top, bottom)
     assert low < value < high
     for end in (low, high):
-        assert scipy_stats.ttest_1samp(top - end * bottom, 0).pvalue == pytest.approx(0.05, abs=1e-6)
+        found: Any = scipy_stats.ttest_1samp(top - end * bottom, 0)
+        assert found.pvalue == pytest.approx(0.05, abs=1e-6)
     assert ratio_interval([1.0, 1.1, 0.9], [0.1, -0.1, 0.05])[1:] == (-np.inf, np.inf)
     assert np.isnan(ratio_interval([1.0], [2.0])[1]) and ratio_interval([1.0], [2.0])[0] == 0.5
     with pytest.raises(TransferError, match="needs pairs"):
@@ -83,20 +86,21 @@ def test_a_planted_dependence_on_quality_is_found() -> None:
         for source in "abc".replace(target, ""):
             quality = 0.1 * (1 + len(qualities))
             qualities[source, target] = {(1, 2): quality, (3, 4): 0.0}
-            for seed in range(3):
-                at = {"source": f"zoo:{source}", "target": f"zoo:{target}", "n": 20}
-                cells.append(made("random", seed, 0.5, **at))
-                cells.append(made("mapped", seed, 0.5 + 0.2 * quality, **at))
-            records.append(
-                {"target": target, "source": source, "generator": source, "arm": "mapped", "n_features": 1}
-                | {"n_verified": 1, "written": [{"feature": 1, "text": "", "label": ""}]}
-            )
+            for writer in "abc":
+                for seed in range(3):
+                    at = {"source": f"zoo:{source}", "target": f"zoo:{target}", "generator": f"zoo:{writer}", "n": 20}
+                    cells.append(made("random", seed, 0.5, **at))
+                    cells.append(made("mapped", seed, 0.5 + 0.2 * quality, **at))
+                records.append(
+                    {"target": target, "source": source, "generator": writer, "arm": "mapped", "n_features": 1}
+                    | {"n_verified": 1, "written": [{"feature": 1, "text": "", "label": ""}]}
+                )
     found = quality_correlations(
         [r.summary() for r in summarise(cells, "intent", "auprc")], records, qualities, NAMES, seed=0
     )
     by_name = {(r["predictor"], r["statistic"]): r for r in found}
     assert by_name["heldout_corr", "pearson"]["within"] == pytest.approx(1.0)
-    assert by_name["heldout_corr", "pearson"]["n_points"] == 6
+    assert by_name["heldout_corr", "pearson"]["n_points"] == 6, "writers share the matches"
     assert by_name["verified", "pearson"]["verdict"].startswith("undefined")
 
 

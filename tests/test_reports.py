@@ -676,3 +676,27 @@ def test_browser_opens_it_without_error_or_request(run_dir: Path, tmp_path: Path
     urls = set(re.findall(r'"url":"([^"]+)"', log.read_text("utf8", errors="replace")))
     initiated = [u for u in urls if not u.startswith(("file:", "data:", "chrome:", "chrome-extension:"))]
     assert not [u for u in initiated if "google" not in u], initiated
+
+
+def test_what_a_gain_is_worth_is_shown(tmp_path: Path) -> None:
+    files = example_run()
+    files["results.json"] |= {
+        "room": [{"model": "zoo:llama", "n_anchor": 90, "n_missing": 29, "least": 30, "informative": False}],
+        "failed_cells": [{"cell": "cell <x>", "problem": "ValueError: why"}],
+        "transfer_efficiency": [
+            {"target": "zoo:qwen", "source": "zoo:llama", "generator": "zoo:mistral", "recipe": "head"}
+            | {"gain_mapped": 0.1, "gain_own": 0.2, "efficiency": 0.5, "low": 0.125, "high": 0.75, "n_seeds": 5},
+            {"target": "", "source": "", "generator": "", "recipe": "head", "gain_mapped": -0.1, "gain_own": -0.2}
+            | {"efficiency": None, "low": None, "high": None, "n_seeds": 5, "said": "own features do not surely gain"},
+        ],
+        "dose": [
+            {"recipe": "head", "target": "zoo:qwen", "metric": "auprc", "n_seed": 12, "mean": 0.625, "low": 0.5}
+            | {"high": 0.75, "fac": 0.8125, "n_missing": 77, "n_seeds": 5}
+        ],
+    }  # fmt: skip
+    build_report(write_run(tmp_path, files))
+    page = (tmp_path / "report.html").read_text("utf8")
+    assert Page(page).wrong == []
+    for place in ("room.0.n_missing", "transfer_efficiency.0.efficiency", "dose.0.mean"):
+        assert f'id="{place}"' in page, place
+    assert "cell &lt;x&gt;" in page and "own features do not surely gain" in page and "all cells" in page

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,14 @@ import pytest
 
 from models.adapter import Adapter
 from models.chat import Answer, Chat
+from tests.test_arms import report, space
 from transfer import synth_stage
 from transfer.core.config import SynthSection, load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.files import save_arrays
 from transfer.core.space import FeatureSet
 from transfer.core.span import Span
-from transfer.core.texts import Text
+from transfer.core.texts import Corpus, Text
 from transfer.drafts import Target
 from transfer.synthesis import steering_vectors, synthesise
 from transfer.words import WordCounts
@@ -127,3 +131,53 @@ def test_the_stage_refuses_harmful_classes_before_it_begins(tmp_path: Path) -> N
             "llama", "llama", nothing, nothing, nothing, nothing, nothing, nothing, tmp_path / "out", experiment
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("writer", "kind"), [("s", "guided"), ("w", "steered")])
+def test_only_the_source_itself_is_steered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, kind: str
+) -> None:
+    """Directions of the source's residual stream mean nothing in another writer's."""
+
+    class Asked(Exception):
+        pass
+
+    seen: dict[str, Any] = {}
+
+    def watched(adapter: Any, generator: Any, features: Any, examples: Any, delta: Any, **how: Any) -> Any:
+        seen.update(how, scorer=adapter, generator=generator)
+        raise Asked
+
+    def maker(settings: SynthSection, adapter: Any, pool: Any) -> Any:
+        return settings.generator, adapter.name
+
+    span = Span("a", "a mild text", 2, 6, 1.0)
+    monkeypatch.setattr(synth_stage, "synthesise", watched)
+    monkeypatch.setattr(synth_stage, "make_generator", maker)
+    monkeypatch.setattr(synth_stage, "make_options", lambda *args, **more: None)
+    monkeypatch.setattr(synth_stage, "top_spans", lambda store, texts, wanted, k: {i: [span] for i in wanted})
+    save_arrays(tmp_path / "delta.safetensors", {"delta": np.ones(40, dtype=np.float32)})
+    directions = SimpleNamespace(directions=lambda: np.ones((40, 8), dtype=np.float32))
+    adapters: Any = {n: SimpleNamespace(name=n, space=space(n), dictionary=directions) for n in ("s", "w")}
+    corpus = Corpus("anchor", (Text("a", "a mild text", "benign"),))
+    plan = {"own": [1], "random": [], "mapped": {}, "shuffled": {}}
+    found = report("s", [1])
+    known = dataclasses.replace(found.relevant, descriptions=("topic tea",) * 40)
+    covered = {"s": (dataclasses.replace(found, relevant=known), tmp_path), "w": (report("w", [1]), tmp_path)}
+    store: Any = SimpleNamespace(space=space("s"))
+    experiment = load_experiment("demo", ["synth.generator=guided", "synth.search=true"])
+    with pytest.raises(Asked):
+        synth_stage.synth(
+            "s",
+            writer,
+            adapters,
+            store,
+            plan,
+            covered,
+            dict.fromkeys(("anchor", "seed"), corpus),
+            {"w": {}},
+            tmp_path,
+            experiment,
+        )
+    assert seen["generator"] == (kind, writer) and seen["scorer"] is adapters["s"]
+    assert (seen["steering"] is None) == (writer != "s")

@@ -160,7 +160,7 @@ def quality_correlations(
         seed: Of draws and permutations.
 
     Returns:
-        Rows of ``transfer.correlations`` for each recipe, ``within`` targets and ``pooled``.
+        Rows of ``transfer.correlations`` for each recipe, all targets in one group.
     """
     sets = {(r["target"], r["source"], r["generator"]): r for r in records if r["arm"] == "mapped" and r["written"]}
     mapped, random = _gains(rows, "mapped"), _gains(rows, "random")
@@ -184,7 +184,7 @@ def quality_correlations(
             cells.setdefault((target, source), []).append((quality, score))
         points = [
             correlations.Point(
-                target,
+                "all",  # two sources a target are too few to look within targets; the gain is over a control there
                 "mapped",
                 source,
                 {name: float(np.mean([quality[name] for quality, _ in some])) for name in QUALITIES},

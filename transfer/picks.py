@@ -118,7 +118,7 @@ def by_coverage(
 
 def picker(
     corpora: Mapping[str, Corpus],
-    embed: Callable[[Sequence[str]], np.ndarray],
+    embed: Callable[[Sequence[str]], np.ndarray] | None,
     docs: tuple[sp.csr_matrix, sp.csr_matrix],
     delta: np.ndarray,
     features: np.ndarray,
@@ -127,7 +127,7 @@ def picker(
 
     Args:
         corpora: With ``anchor``, the pool, and ``seed``, which is there already. Pool texts of the seed are out.
-        embed: Texts to unit vectors.
+        embed: Texts to unit vectors; coverage selection needs none.
         docs: Max over tokens of both in the target's space, [docs, n_features].
         delta: Thresholds of the target.
         features: The target's relevant features that the anchor activates, sorted.
@@ -141,6 +141,7 @@ def picker(
         if arm == "coverage_selection":
             found = by_coverage(docs[0][rows], docs[1], delta, features, labels, quota)
         else:
+            assert embed is not None, f"{arm} needs embeddings"
             how = {"k_center": k_center, "facility_location": facility_location}[arm]
             found = how(embed([t.text for t in texts]), embed([t.text for t in corpora["seed"]]), labels, quota)
         return [texts[i] for i in found]

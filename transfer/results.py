@@ -161,7 +161,8 @@ def _pooled(
     units = [np.array([p == unit for p in place]) for unit in dict.fromkeys(place)]
     if len(units) > 1:
         name = "cells" if len(units) == len(cells) else "pairs of source and target"
-        over[name] = stats.paired_delta(*([side[u].mean() for u in units] for side in (treated, against)))
+        means = [[side[u].mean() for u in units] for side in (treated, against)]
+        over[name] = stats.paired_delta(means[0], means[1])
     widest = max(over, key=lambda name: np.nan_to_num(over[name].high - over[name].low, nan=-1.0))
     d = over[widest]
     better = sum(c.delta > 0 for c in cells)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +146,8 @@ def _with_facets(texts: list[Text], n: int, seed: int) -> list[Text]:
     from transfer.embeddings import lexical
 
     words = [t.text for t in texts]
-    found = KMeans(n, n_init=4, random_state=seed).fit_predict(lexical(words, seed=seed)(words))
+    means: Any = KMeans
+    found = means(n, n_init=4, random_state=seed).fit_predict(lexical(words, seed=seed)(words))
     return [dataclasses.replace(t, topic=f"facet {k}") for t, k in zip(texts, found.tolist(), strict=True)]
 
 
