@@ -17,8 +17,6 @@ from numba.extending import intrinsic
 
 LANES = 64
 """Scores that are compared at once."""
-SORTED = 2**20
-"""Entries sorted at once for the tables."""
 LAST = 2**32 - 1
 NO_NUMBERS = np.empty((0, 0), np.int32), np.empty((0, 0))
 
@@ -89,21 +87,15 @@ class Leaders:
 
         What is in no list is at most the floor of its owner: the last score, or 0 where the list is not full.
         """
-        owners, keep = len(self.pairs), self.keep
-        best = np.empty((owners, keep), np.int64)
-        numbers = np.empty((len(self.numbers), keep, 2))
-        step = max(1, SORTED // (2 * keep))
-        for start in range(0, owners, step):
-            part = slice(start, start + step)
-            reversed_pairs = np.where(np.arange(2 * keep) < self.counts[part, None], ~self.pairs[part], 0)
-            order = np.argsort(reversed_pairs, axis=1)[:, :keep]
-            best[part] = np.take_along_axis(self.pairs[part], order, axis=1)
-            if len(self.numbers):
-                numbers[part] = np.take_along_axis(self.numbers[part], order[:, :, None], axis=1)
+        keep = self.keep
+        _finish(keep, self.counts, self.pairs, self.numbers)
+        order = np.argsort(~self.pairs[:, :keep], axis=1)
+        best = np.take_along_axis(self.pairs, order, axis=1)
+        numbers = np.take_along_axis(self.numbers, order[: len(self.numbers), :, None], axis=1)
         bits = (best >> 32).astype(np.int32)
         scores = (bits << 16 if self.known.dtype == np.int16 else bits).view(np.float32)
         ids = LAST - (best & LAST)
-        missing = np.arange(keep) >= self.counts[:, None]
+        missing = best == 0
         ids[missing], scores[missing] = -1, -np.inf
         return ids, scores, np.maximum(scores[:, -1], 0), numbers
 
@@ -168,6 +160,18 @@ def _cut(pairs: np.ndarray, numbers: np.ndarray, keep: int) -> int:
         end += value > least or (same and equal > 0)
         equal -= same
     return least
+
+
+@_compiled
+def _finish(keep: int, counts: np.ndarray, pairs: np.ndarray, numbers: np.ndarray) -> None:
+    """Cut all lists to ``keep``; 0 stands where there are fewer, which no pair is."""
+    none = numbers[:0, 0]
+    for i in range(len(counts)):
+        if counts[i] > keep:
+            mine = pairs[i, : counts[i]]
+            _cut(mine, numbers[i, : counts[i]] if len(numbers) else none, keep)
+            counts[i] = keep
+        pairs[i, counts[i] : keep] = 0
 
 
 @_compiled
