@@ -73,7 +73,7 @@ def comparable(
         info.update(counts)
         ids = [left.ids, right.ids]
     x, y = source.directions, target.directions
-    pointing = [_in_blocks(d, np.arange(len(d)), lambda rows: rows.any(axis=1)) for d in (x, y)]
+    pointing = [_in_blocks(d, np.arange(len(d)), lambda rows: np.einsum("nd,nd->n", rows, rows) > 0) for d in (x, y)]
     ids = [i[some[i]] for i, some in zip(ids, pointing, strict=True)]
     info["zero_directions_source"], info["zero_directions_target"] = (int(np.sum(~some)) for some in pointing)
     for side, found in zip(("source", "target"), ids, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -120,6 +121,11 @@ def _compiled(function: Callable) -> Callable:
         return njit(nogil=True)(function)
 
 
+def _instruction(function: Callable[..., tuple]) -> Callable[..., Any]:
+    """An intrinsic of numba, typed as it is called: without the typing context."""
+    return intrinsic(function)
+
+
 # Inner loops have lengths that are not known when they are compiled, since LLVM unrolls short known ones into scalar
 # code before it comes to vectors.
 
@@ -204,7 +210,7 @@ def _reach_columns(block: np.ndarray, start: int, stop: int, group: int, keep: i
         known[start + i] = max(_reached(best[:, i].copy(), keep) - 1, 0)
 
 
-@intrinsic
+@_instruction
 def _exceeding(_: object, scores: types.Array, i: types.Integer, least: types.Type, j: types.Integer) -> tuple:
     """Bit b of the result: ``scores[i + b]`` exceeds ``least``, or ``least[j + b]`` if that is an array.
 
@@ -231,7 +237,7 @@ def _exceeding(_: object, scores: types.Array, i: types.Integer, least: types.Ty
     return types.uint64(scores, types.intp, bound, types.intp), generate
 
 
-@intrinsic
+@_instruction
 def _lowest(_: object, bits: types.Integer) -> tuple:
     """Position of the lowest bit that is set."""
 

@@ -144,9 +144,9 @@ def test_directions_come_by_blocks_from_mapped_float32(
         whole.append(dataclasses.replace(view, directions=np.asarray(mapped, dtype=np.float64)))
         small.append(dataclasses.replace(view, directions=mapped))
     pairs = easy.pairs if via == "map" else None
-    want = comparable(*whole, pairs, via, kind=kind)
+    want = comparable(whole[0], whole[1], pairs, via, kind=kind)
     monkeypatch.setattr(decoder, "BLOCK", 1000)
-    got = comparable(*small, pairs, via, kind=kind)
+    got = comparable(small[0], small[1], pairs, via, kind=kind)
     assert got.source.dtype == got.target.dtype == np.float32 and want.source.dtype == np.float64
     assert np.array_equal(got.source_ids, want.source_ids) and np.array_equal(got.target_ids, want.target_ids)
     assert np.allclose(got.source, want.source, rtol=1e-6, atol=1e-7)
