@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +21,11 @@ from transfer.core.space import FeatureView
 from transfer.core.store import PairedActivations
 
 Via = Literal["map", "unembedding", "same"]
+Change = Callable[[Float[np.ndarray, "n d"]], np.ndarray]
 NEIGHBOURS = 10
 """Neighbours in the means of CSLS (arXiv 1710.04087)."""
+BLOCK = 2**21
+"""Numbers of directions that are in float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,12 @@ def comparable(
     (``map``; the source's directions go to the target's space, or with ``cca`` both go to canonical coordinates), the
     logits of the tokens both vocabularies share, centred over those tokens (``unembedding``), or the fact that it is
     one space (``same``). Features without direction, and with ``pairs`` those too rare or always on,
-    are left out and counted. Memory: copies of the directions; for a map what ``aligners.maps.fit_blocks`` takes; for
-    the unembedding three d × d matrices, never features × tokens.
+    are left out and counted.
+
+    Directions may be memory-mapped. They are computed in float64 by the block and kept in the type they come in
+    (float32 at least). Memory: 4·d bytes a testable feature of either side in the space they share, 64 MiB for the
+    blocks; for a map what ``aligners.maps.fit_blocks`` takes; for the unembedding three d × d matrices and a float64
+    copy of the shared tokens, never features × tokens.
 
     Raises:
         TransferError: When nothing is left on one side.
@@ -65,14 +73,14 @@ def comparable(
         info.update(counts)
         ids = [left.ids, right.ids]
     x, y = source.directions, target.directions
-    ids = [i[np.linalg.norm(d[i], axis=1) > 0] for i, d in zip(ids, (x, y), strict=True)]
-    info["zero_directions_source"] = int(np.sum(np.linalg.norm(x, axis=1) == 0))
-    info["zero_directions_target"] = int(np.sum(np.linalg.norm(y, axis=1) == 0))
+    pointing = [_in_blocks(d, np.arange(len(d)), lambda rows: np.einsum("nd,nd->n", rows, rows) > 0) for d in (x, y)]
+    ids = [i[some[i]] for i, some in zip(ids, pointing, strict=True)]
+    info["zero_directions_source"], info["zero_directions_target"] = (int(np.sum(~some)) for some in pointing)
     for side, found in zip(("source", "target"), ids, strict=True):
         if not len(found):
             raise TransferError(f"No {side} feature has a direction; all decoder rows are zero.", "Check the SAE.")
     info["testable_source"], info["testable_target"] = len(ids[0]), len(ids[1])
-    a, b = unit_rows(x[ids[0]].astype(np.float64)), unit_rows(y[ids[1]].astype(np.float64))
+    into: tuple[Change, Change] = (_as_they_are, _as_they_are)
     if via == "map":
         assert pairs is not None and pairs.source_residual is not None and pairs.target_residual is not None
         check_kind(kind)
@@ -80,10 +88,10 @@ def comparable(
         sums = SplitSums.of(blocks, full=kind != "ridge", seed=seed)
         found, _ = best_map(sums, kind)
         if kind == "cca":
-            into_a, into_b, _ = canonical_coordinates(sums.total)
-            a, b = unit_rows(a @ into_a), unit_rows(b @ into_b)
+            shared_a, shared_b, _ = canonical_coordinates(sums.total)
+            into = (lambda rows: unit_rows(rows @ shared_a)), (lambda rows: unit_rows(rows @ shared_b))
         else:
-            a = unit_rows(found.vectors(a))
+            into = (lambda rows: unit_rows(found.vectors(rows))), _as_they_are
         info.update(
             heldout_r2=found.heldout_r2,
             map_strength=found.strength,
@@ -93,32 +101,64 @@ def comparable(
         )
     elif via == "unembedding":
         assert source.unembedding is not None and target.unembedding is not None
-        a, b = _through_tokens(a, b, source.unembedding, target.unembedding)
+        into = _through_tokens(source.unembedding, target.unembedding)
         info["shared_tokens"] = len(source.unembedding)
     elif via != "same":
         raise TransferError(f"Unknown way {via!r} to compare decoders.", "Use 'map', 'unembedding' or 'same'.")
+    a, b = (
+        _in_blocks(d, i, lambda rows, f=f, d=d: f(unit_rows(rows)).astype(np.result_type(d.dtype, np.float32)))
+        for d, i, f in zip((x, y), ids, into, strict=True)
+    )
     return Comparable(ids[0], ids[1], a, b, info)
 
 
-def _through_tokens(
-    a: Float[np.ndarray, "n_src d_src"],
-    b: Float[np.ndarray, "n_tgt d_tgt"],
-    u: Float[np.ndarray, "shared d_src"],
-    v: Float[np.ndarray, "shared d_tgt"],
-) -> tuple[Float[np.ndarray, "n_src d_tgt"], Float[np.ndarray, "n_tgt d_tgt"]]:
-    """Vectors whose inner products are cosines of centred token logits, without building features × tokens.
+def _in_blocks(directions: np.ndarray, ids: Int[np.ndarray, " n"], work: Change) -> Float[np.ndarray, "n ..."]:
+    """``work`` of the float64 rows ``ids``, a block at a time, in one array."""
+    out: np.ndarray | None = None
+    step = max(1, BLOCK // directions.shape[1])
+    for start in range(0, len(ids), step):
+        done = work(directions[ids[start : start + step]].astype(np.float64))
+        out = np.empty((len(ids), *done.shape[1:]), done.dtype) if out is None else out
+        out[start : start + step] = done
+    assert out is not None
+    return out
 
-    ⟨u·a, v·b⟩ = aᵀ(UᵀV)b, and a norm is aᵀ(UᵀU)a, with U and V centred over tokens.
+
+def _as_they_are(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    return rows
+
+
+def _through_tokens(
+    u: Float[np.ndarray, "shared d_src"], v: Float[np.ndarray, "shared d_tgt"]
+) -> tuple[Change, Change]:
+    """What makes of unit rows of either side vectors whose inner products are cosines of centred token logits.
+
+    Features × tokens is never built: ⟨u·a, v·b⟩ = aᵀ(UᵀV)b, and a norm is aᵀ(UᵀU)a, with U and V centred over tokens.
     """
     if len(u) != len(v):
         raise TransferError(f"The unembeddings list {len(u)} and {len(v)} tokens.", "Give the shared tokens, in order.")
     u = u.astype(np.float64) - u.mean(axis=0, dtype=np.float64)
     v = v.astype(np.float64) - v.mean(axis=0, dtype=np.float64)
-    norm_a = np.sqrt(np.einsum("nd,nd->n", a @ (u.T @ u), a))
-    norm_b = np.sqrt(np.einsum("nd,nd->n", b @ (v.T @ v), b))
-    if not (np.all(norm_a > 0) and np.all(norm_b > 0)):
-        raise TransferError("Some directions do not move the shared tokens' logits at all.", "Share more tokens.")
-    return (a @ (u.T @ v)) / norm_a[:, None], b / norm_b[:, None]
+    uu, vv, uv = u.T @ u, v.T @ v, u.T @ v
+
+    def moved(rows: np.ndarray, square: np.ndarray) -> np.ndarray:
+        norm = np.sqrt(np.einsum("nd,nd->n", rows @ square, rows))
+        if not np.all(norm > 0):
+            raise TransferError("Some directions do not move the shared tokens' logits at all.", "Share more tokens.")
+        return norm[:, None]
+
+    return (lambda a: a @ uv / moved(a, uu)), (lambda b: b / moved(b, vv))
+
+
+def _cosines(found: Comparable, rows: Int[np.ndarray, " n"], cols: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Cosines of listed pairs, in float64."""
+    out = np.empty(len(rows))
+    step = max(1, BLOCK // found.source.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        a, b = found.source[rows[part]].astype(np.float64), found.target[cols[part]].astype(np.float64)
+        out[part] = np.einsum("nd,nd->n", a, b)
+    return out
 
 
 def hub_means(found: Comparable) -> tuple[Float[np.ndarray, " n_src"], Float[np.ndarray, " n_tgt"]]:
@@ -174,7 +214,7 @@ class DecoderAligner(Aligner):
         shifts = hub_means(found) if self.csls else (None, None)
         shape = (len(found.source_ids), len(found.target_ids))
         rows, cols = select(inner_blocks(found.source, found.target, *shifts), shape, self.rule)
-        cosine = np.einsum("nd,nd->n", found.source[rows], found.target[cols])
+        cosine = _cosines(found, rows, cols)
         keep = cosine > 0
         matches = match_columns(found.source_ids[rows[keep]], found.target_ids[cols[keep]], np.minimum(cosine[keep], 1))
         coupling = coupling_of(matches, (source.space.n_features, target.space.n_features))

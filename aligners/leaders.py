@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,8 +18,6 @@ from numba.extending import intrinsic
 
 LANES = 64
 """Scores that are compared at once."""
-SORTED = 2**20
-"""Entries sorted at once for the tables."""
 LAST = 2**32 - 1
 NO_NUMBERS = np.empty((0, 0), np.int32), np.empty((0, 0))
 
@@ -89,21 +88,15 @@ class Leaders:
 
         What is in no list is at most the floor of its owner: the last score, or 0 where the list is not full.
         """
-        owners, keep = len(self.pairs), self.keep
-        best = np.empty((owners, keep), np.int64)
-        numbers = np.empty((len(self.numbers), keep, 2))
-        step = max(1, SORTED // (2 * keep))
-        for start in range(0, owners, step):
-            part = slice(start, start + step)
-            reversed_pairs = np.where(np.arange(2 * keep) < self.counts[part, None], ~self.pairs[part], 0)
-            order = np.argsort(reversed_pairs, axis=1)[:, :keep]
-            best[part] = np.take_along_axis(self.pairs[part], order, axis=1)
-            if len(self.numbers):
-                numbers[part] = np.take_along_axis(self.numbers[part], order[:, :, None], axis=1)
+        keep = self.keep
+        _finish(keep, self.counts, self.pairs, self.numbers)
+        order = np.argsort(~self.pairs[:, :keep], axis=1)
+        best = np.take_along_axis(self.pairs, order, axis=1)
+        numbers = np.take_along_axis(self.numbers, order[: len(self.numbers), :, None], axis=1)
         bits = (best >> 32).astype(np.int32)
         scores = (bits << 16 if self.known.dtype == np.int16 else bits).view(np.float32)
         ids = LAST - (best & LAST)
-        missing = np.arange(keep) >= self.counts[:, None]
+        missing = best == 0
         ids[missing], scores[missing] = -1, -np.inf
         return ids, scores, np.maximum(scores[:, -1], 0), numbers
 
@@ -126,6 +119,11 @@ def _compiled(function: Callable) -> Callable:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # nowhere to keep the compiled code: neither beside the source nor in the user's cache
         return njit(nogil=True)(function)
+
+
+def _instruction(function: Callable[..., tuple]) -> Callable[..., Any]:
+    """An intrinsic of numba, typed as it is called: without the typing context."""
+    return intrinsic(function)
 
 
 # Inner loops have lengths that are not known when they are compiled, since LLVM unrolls short known ones into scalar
@@ -171,6 +169,18 @@ def _cut(pairs: np.ndarray, numbers: np.ndarray, keep: int) -> int:
 
 
 @_compiled
+def _finish(keep: int, counts: np.ndarray, pairs: np.ndarray, numbers: np.ndarray) -> None:
+    """Cut all lists to ``keep``; 0 stands where there are fewer, which no pair is."""
+    none = numbers[:0, 0]
+    for i in range(len(counts)):
+        if counts[i] > keep:
+            mine = pairs[i, : counts[i]]
+            _cut(mine, numbers[i, : counts[i]] if len(numbers) else none, keep)
+            counts[i] = keep
+        pairs[i, counts[i] : keep] = 0
+
+
+@_compiled
 def _reach_rows(block: np.ndarray, start: int, stop: int, group: int, keep: int, known: np.ndarray) -> None:
     """Where nothing is known yet: ``keep`` maxima of groups of columns reach this, so as many entries do."""
     width = block.shape[1] // group
@@ -200,7 +210,7 @@ def _reach_columns(block: np.ndarray, start: int, stop: int, group: int, keep: i
         known[start + i] = max(_reached(best[:, i].copy(), keep) - 1, 0)
 
 
-@intrinsic
+@_instruction
 def _exceeding(_: object, scores: types.Array, i: types.Integer, least: types.Type, j: types.Integer) -> tuple:
     """Bit b of the result: ``scores[i + b]`` exceeds ``least``, or ``least[j + b]`` if that is an array.
 
@@ -227,7 +237,7 @@ def _exceeding(_: object, scores: types.Array, i: types.Integer, least: types.Ty
     return types.uint64(scores, types.intp, bound, types.intp), generate
 
 
-@intrinsic
+@_instruction
 def _lowest(_: object, bits: types.Integer) -> tuple:
     """Position of the lowest bit that is set."""
 

@@ -53,12 +53,13 @@ def topk_cosine(
     (float64 for float64 rows), so that a score does not depend on where a pair stands, and permuting rows permutes
     the result. A list whose k-th score leaves a doubt is searched in full and counted (``aligners.rerank``).
 
-    Memory beyond the inputs, which may be memory-mapped (float16, float32 or float64): 2·d·n_tgt bytes (the target in
-    bfloat16; twice that in float32), 0.7 GiB for a strip of products and what is opened of it, and
-    ``110·(k + 16)·(n_src + n_tgt)`` bytes for the lists and their pairs: 1.9 GiB for 65,536² × 4,096 at k = 32. On
-    another device than the processor, both inputs are held there in full precision as well.
+    Memory beyond the inputs, which may be memory-mapped (float16, float32 or float64): 2·d·(n_tgt + 2,048) bytes (the
+    target and a strip of the source in bfloat16; twice that in float32), 32 MiB for a tile of products (64 in
+    float32), and ``110·(k + 16)·(n_src + n_tgt)`` bytes for the lists and their pairs: 1.2 GiB for 65,536² × 4,096 at
+    k = 32. On another device than the processor, both inputs are held there in full precision as well.
 
-    Time: 2·n_src·n_tgt·d FLOP, about 2 ns a pair, and one gathered row for each pair scored again.
+    Time: 2·n_src·n_tgt·d FLOP, about 0.5 ns a pair for scanning it, and one gathered row for each pair scored again.
+    The scans are compiled when first used, which takes some seconds, and kept in numba's cache.
 
     Args:
         x: Source rows.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,14 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aligners import decoder
 from aligners.activation import ActivationAligner
 from aligners.assignment import DENSE_LIMIT
 from aligners.base import Aligner
 from aligners.chance import RandomAligner
-from aligners.decoder import DecoderAligner, comparable
+from aligners.decoder import DecoderAligner, Via, comparable
 from aligners.dense_ot import all_pairs, dense_transport, transport
+from aligners.maps import Kind
 from aligners.metrics import agreement
 from aligners.planted import Planted, planted_pair
 from aligners.sinkhorn import KEEP, SinkhornAligner, keep_largest, typical
@@ -123,6 +127,46 @@ def test_token_logits_are_the_dense_cosines(easy: Planted) -> None:
     a = easy.source.directions.astype(np.float64) @ (u - u.mean(axis=0)).T.astype(np.float64)
     b = easy.target.directions.astype(np.float64) @ (v - v.mean(axis=0)).T.astype(np.float64)
     assert np.allclose(found.source @ found.target.T, unit_rows(a) @ unit_rows(b).T, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("via", "kind"), [("map", "ridge"), ("map", "cca"), ("unembedding", "ridge"), ("same", "ridge")]
+)
+def test_directions_come_by_blocks_from_mapped_float32(
+    easy: Planted, via: Via, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from float64 arrays in one piece, but for the rounding of what is kept."""
+    sides = easy.source, easy.target if via != "same" else easy.source
+    whole, small = [], []
+    for side, view in zip("st", sides, strict=True):
+        np.save(tmp_path / side, view.directions.astype(np.float32))
+        mapped = np.load(tmp_path / f"{side}.npy", mmap_mode="r")
+        whole.append(dataclasses.replace(view, directions=np.asarray(mapped, dtype=np.float64)))
+        small.append(dataclasses.replace(view, directions=mapped))
+    pairs = easy.pairs if via == "map" else None
+    want = comparable(whole[0], whole[1], pairs, via, kind=kind)
+    monkeypatch.setattr(decoder, "BLOCK", 1000)
+    got = comparable(small[0], small[1], pairs, via, kind=kind)
+    assert got.source.dtype == got.target.dtype == np.float32 and want.source.dtype == np.float64
+    assert np.array_equal(got.source_ids, want.source_ids) and np.array_equal(got.target_ids, want.target_ids)
+    assert np.allclose(got.source, want.source, rtol=1e-6, atol=1e-7)
+    assert np.allclose(got.target, want.target, rtol=1e-6, atol=1e-7)
+
+
+def test_directions_take_little_more_than_they_are(easy: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "BLOCK", 2**14)
+    rows = np.random.default_rng(0).standard_normal((20_000, 64), dtype=np.float32)
+    view = dataclasses.replace(
+        easy.source,
+        space=dataclasses.replace(easy.source.space, n_features=len(rows), d_model=64),
+        directions=rows,
+        unembedding=rows[:500],
+    )
+    tracemalloc.start()
+    comparable(view, view, None, "unembedding")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * rows.nbytes + 2**21  # in float64 at once: twelve times the rows
 
 
 def test_zero_directions_are_counted_not_matched(easy: Planted) -> None:
