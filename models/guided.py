@@ -14,6 +14,7 @@ from torch import Tensor
 from models.adapter import Adapter
 from models.decoding import Decoding
 from models.generators import Prompt
+from models.placement import placed
 from models.steered import SteeredGenerator
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
@@ -172,4 +173,5 @@ def guided_chunk(where: tuple[str, str, int], job: dict[str, Any]) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _kept_adapter(model: str, sae: str, layer: int) -> Adapter:
-    return Adapter.load(model, sae, layer)
+    dtype, device = placed(model)
+    return Adapter.load(model, sae, layer, dtype=dtype, device=device)

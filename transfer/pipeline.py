@@ -34,7 +34,7 @@ from transfer.finetune import get_recipe
 from transfer.judging import judge_inputs
 from transfer.safety import check_allowed
 from transfer.splits import check_corpora, load_corpora
-from transfer.tasks import get_task
+from transfer.tasks import check_grid, get_task
 
 LIBRARIES = ("models.language", "transfer.classifier", "peft", "transformers.trainer", "sklearn.metrics")
 """What worker processes write and train with."""
@@ -55,7 +55,7 @@ class Pipeline:
         # Names that only the last stages use are checked now, not after minutes of work.
         for recipe in experiment.tune.recipes:
             get_recipe(recipe)
-        get_task(experiment.tune.task, positive=experiment.data.positive)
+        get_task(experiment.tune.task)
         DeltaRule.parse(experiment.cover.delta)
         self.experiment = experiment
         self.command = command
@@ -87,6 +87,8 @@ class Pipeline:
                 section.model,
                 section.sae,
                 section.layer,
+                dtype=section.dtype,
+                device=section.device,
                 codes=self.experiment.harvest.codes,
                 skip=self.experiment.harvest.skip,
             )
@@ -318,9 +320,12 @@ class Pipeline:
         rank = STAGES.index(until)
         if rank >= 1 and len(self.experiment.models) < 2:
             raise TransferError("An alignment needs two models, the experiment has one.", "Add one under `models`.")
+        if rank >= 4:
+            check_grid(self.experiment.tune, self.experiment.data.positive)
         corpora = self.corpora
         if rank >= 2:
-            check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4)
+            labelled = self.experiment.judge.kind == "statistical"
+            check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4, labelled=labelled)
         if rank >= 3:
             check_allowed(self.experiment.data, self.experiment.synth.allow_harmful)
         _ = self.adapters

@@ -58,12 +58,16 @@ class RewardBackbone(Backbone):
         return rows, cut
 
 
-@lru_cache(maxsize=1)
 def load_reward_backbone(ref: str) -> RewardBackbone:
     """The backbone of a typed model reference; the last one stays in memory."""
     from models.language import kept_language
 
-    return RewardBackbone(kept_language(ref), ref)
+    return _backbone(kept_language(ref), ref)
+
+
+@lru_cache(maxsize=1)
+def _backbone(language: Any, ref: str) -> RewardBackbone:
+    return RewardBackbone(language, ref)
 
 
 class RewardModel(Classifier):
@@ -158,7 +162,7 @@ def _train(
         ) from None
 
     body = backbone.body(recipe.layers)
-    model = body.fresh(seed)
+    model = body.fresh(seed, frozen=recipe.kind == "lora")
     model = with_adapters(model, recipe, "SEQ_CLS") if recipe.kind == "lora" else model.requires_grad_(True)
     items = body.items(rows)
 
@@ -195,5 +199,5 @@ def load_reward(base: str | RewardBackbone, folder: Path) -> RewardModel:
     """
     backbone = load_reward_backbone(base) if isinstance(base, str) else base
     recipe, record = read_record(Path(folder), backbone.ref, backbone.hash)
-    model = load_trained(lambda: backbone.body(recipe.layers).fresh(0), recipe, Path(folder))
+    model = load_trained(lambda: backbone.body(recipe.layers).fresh(0, recipe.kind != "full"), recipe, Path(folder))
     return RewardModel(model, backbone, recipe, frozenset(record["seen"]))
