@@ -238,6 +238,21 @@ class LanguageModel:
 
     # Text out.
 
+    def with_room(self, prompts: list[str], max_new_tokens: int, window: int | None = None) -> list[list[int]]:
+        """Token ids of raw texts that leave room for a continuation in the context, or in a shorter ``window``.
+
+        Raises:
+            TransferError: When one does not.
+        """
+        ids = self.renderer.plain(prompts)
+        room = min(self.model.config.max_position_embeddings, window or 10**9) - max_new_tokens
+        longest = max(map(len, ids), default=0)
+        if longest > room:
+            raise TransferError(
+                f"A prompt has {longest} tokens, {self.ref} has room for {room}.", "Shorten the examples."
+            )
+        return ids
+
     def generate(
         self,
         prompts: list[str],
@@ -270,13 +285,7 @@ class LanguageModel:
         """
         from models.sampling import sample
 
-        ids = self.renderer.plain(prompts)
-        room = self.model.config.max_position_embeddings - max_new_tokens
-        longest = max(map(len, ids), default=0)
-        if longest > room:
-            raise TransferError(
-                f"A prompt has {longest} tokens, {self.ref} has room for {room}.", "Shorten the examples."
-            )
+        ids = self.with_room(prompts, max_new_tokens)
         if steer is not None and steer[1].shape != (len(prompts), self.d_model):
             raise TransferError(
                 f"Steering vectors are {tuple(steer[1].shape)}, expected ({len(prompts)}, {self.d_model})."

@@ -100,7 +100,11 @@ def test_every_task_runs_counts_and_is_used_again(task, tiny_qwen, tmp_path):
     assert about["n"] == 4 and Path(about["per_example"]).is_file()
     shown = call("eval", "task", str(folder), "--evaluation", held)
     assert shown["evals"][0]["value"] == evals[0].value
-    if task != "toxicity":
+    if task == "toxicity":
+        with pytest.raises(TransferError, match="8 of 8 evaluation texts were trained on, first number 0"):
+            call(*command[:-1], train, "--out", str(tmp_path / "other"))
+        assert not (tmp_path / "other").exists()
+    else:
         with pytest.raises(TransferError, match="were (trained on|used to find)"):
             judge_again(folder, train)
 

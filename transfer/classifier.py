@@ -15,6 +15,7 @@ import torch
 
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
+from transfer.recipes import upper_layers
 from transfer.tasks.base import Predictions
 
 KEPT = 3
@@ -170,7 +171,7 @@ class UpperLayers:
         layers = whole.model.base_model.layers
         self.whole = whole
         self.device = whole.device
-        self.split = len(layers) - max(1, len(layers) // 3)
+        self.split = upper_layers(len(layers)).start
         if not self.split:
             raise TransferError(
                 f"{whole.ref} has one layer, so no lower ones to freeze.", "Use a recipe for all layers."

@@ -139,6 +139,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def upper_layers(n: int) -> range:
+    """The upper third of ``n`` layers: what ``layers: upper`` adapts."""
+    return range(n - max(1, n // 3), n)
+
+
 def get_recipe(name: str, **changes: Any) -> Recipe:
     """A preset, with some fields changed where given.
 

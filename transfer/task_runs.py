@@ -57,6 +57,14 @@ def run_task(
     held = task.load(evaluation)
     if not examples:
         raise TransferError("There is nothing to train on.", "Name training data with --train or tune.train.")
+    if hasattr(task, "positive"):  # the other tasks know what they were trained on, and refuse it themselves
+        seen = {str(text).strip().casefold() for text, *_ in examples}
+        known = [i for i, (text, *_) in enumerate(task.examples(held)) if str(text).strip().casefold() in seen]
+        if known:
+            raise TransferError(
+                f"{len(known)} of {len(held)} evaluation texts were trained on, first number {known[0]}.",
+                "Split the texts before training.",
+            )
     data = {
         "train": [_about(ref, part) for ref, part in zip(train, parts, strict=True)],
         "evaluation": _about(evaluation, held),

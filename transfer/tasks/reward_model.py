@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,16 +19,7 @@ from transfer.recipes import Recipe
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import chat_ids
 from transfer.tasks.preferences import Pair
-from transfer.trainers import (
-    arguments,
-    load_trained,
-    loss_curve,
-    read_record,
-    save_trained,
-    scratch,
-    trainable,
-    with_adapters,
-)
+from transfer.trainers import load_trained, read_record, save_trained, train_with_trl, trainable, with_adapters
 
 
 class RewardBackbone(Backbone):
@@ -152,15 +142,6 @@ def _bradley_terry(score: torch.nn.Module, chosen: torch.Tensor, rejected: torch
 def _train(
     backbone: RewardBackbone, rows: list[list[int]], recipe: Recipe, seed: int
 ) -> tuple[Any, tuple[float, ...], int]:
-    try:
-        from datasets import Dataset
-        from trl.trainer.reward_config import RewardConfig
-        from trl.trainer.reward_trainer import RewardTrainer
-    except ImportError:
-        raise TransferError(
-            "Training a reward model needs TRL.", "Run `pip install cross-model-transfer[train]`, or use a head recipe."
-        ) from None
-
     body = backbone.body(recipe.layers)
     model = body.fresh(seed, frozen=recipe.kind == "lora")
     model = with_adapters(model, recipe, "SEQ_CLS") if recipe.kind == "lora" else model.requires_grad_(True)
@@ -171,24 +152,19 @@ def _train(
         return body.pad_batch([items[x[side][0]] for side in ("chosen_ids", "rejected_ids") for x in batch])
 
     # The conversations' numbers stand for their tokens: what a recipe trains may start above the embedding.
-    data = Dataset.from_dict({f"{side}_ids": [[i] for i in range(k, len(rows), 2)] for k, side in enumerate(_SIDES)})
-    with scratch() as folder:
-        args = RewardConfig(
-            **arguments(recipe, len(rows) // 2, seed, backbone.device, folder),
-            max_length=None,  # it would leave long pairs out
-            disable_dropout=False,  # it would switch the adapters' dropout off
-        )
-        trainer = RewardTrainer(
-            model=model,
-            args=args,
-            train_dataset=data,
-            data_collator=collate,  # type: ignore[arg-type]
-            processing_class=copy.deepcopy(backbone.language.tokenizer),  # it sets the pad token
-        )
-        return model, loss_curve(trainer, backbone.ref, recipe), trainable(model)
-
-
-_SIDES = ("chosen", "rejected")
+    pairs = [{"chosen_ids": [i], "rejected_ids": [i + 1]} for i in range(0, len(rows), 2)]
+    curve = train_with_trl(
+        "Reward",
+        model,
+        pairs,
+        recipe,
+        seed,
+        tokenizer=backbone.language.tokenizer,
+        what=backbone.ref,
+        collate=collate,
+        disable_dropout=False,  # it would switch the adapters' dropout off
+    )
+    return model, curve, trainable(model)
 
 
 def load_reward(base: str | RewardBackbone, folder: Path) -> RewardModel:

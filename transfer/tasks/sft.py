@@ -19,20 +19,11 @@ from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 from transfer.core.outcomes import FinetuneRun
 from transfer.finetune import data_hash
-from transfer.recipes import Recipe
+from transfer.recipes import Recipe, upper_layers
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import answer_ids, written
 from transfer.tasks.demonstrations import Demonstration
-from transfer.trainers import (
-    arguments,
-    load_trained,
-    loss_curve,
-    read_record,
-    save_trained,
-    scratch,
-    trainable,
-    with_adapters,
-)
+from transfer.trainers import load_trained, read_record, save_trained, train_with_trl, trainable, with_adapters
 
 IGNORED = -100
 HEAD = "lm_head"
@@ -181,23 +172,12 @@ def _fresh(language: LanguageModel, recipe: Recipe) -> Any:
 def _train(
     language: LanguageModel, rows: list[dict[str, list[int]]], recipe: Recipe, seed: int
 ) -> tuple[Any, tuple[float, ...]]:
-    try:
-        from datasets import Dataset
-        from trl.trainer.sft_config import SFTConfig
-        from trl.trainer.sft_trainer import SFTTrainer
-    except ImportError:
-        raise TransferError(
-            "Supervised fine-tuning needs TRL.", "Run `pip install cross-model-transfer[train]`."
-        ) from None
-
     model = _fresh(language, recipe)
     if recipe.kind == "lora":
-        model = with_adapters(model, recipe, "CAUSAL_LM")
-    with scratch() as folder:
-        args = SFTConfig(**arguments(recipe, len(rows), seed, language.device, folder), max_length=None)
-        tokenizer = copy.deepcopy(language.tokenizer)  # it sets the pad token
-        trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        return model, loss_curve(trainer, language.ref, recipe)
+        layers = upper_layers(language.n_layers) if recipe.layers == "upper" else None
+        model = with_adapters(model, recipe, "CAUSAL_LM", layers)
+    curve = train_with_trl("SFT", model, rows, recipe, seed, tokenizer=language.tokenizer, what=language.ref)
+    return model, curve
 
 
 def _tuned(language: LanguageModel, model: Any, recipe: Recipe, seen: frozenset[str], data: str) -> Tuned:
