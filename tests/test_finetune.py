@@ -258,6 +258,16 @@ def test_record_counts_what_went_in(backbone):
     assert model.predict([t for t, _ in EXAMPLES]).n_truncated == run.n_truncated
 
 
+def test_the_commit_of_the_base_is_recorded(languages):
+    import copy
+
+    model = copy.deepcopy(languages["llama"].model)
+    model.config._commit_hash = "0123abc"
+    language = replace(languages["llama"], model=model)
+    assert finetune(Backbone(language), EXAMPLES, replace(HEAD, epochs=1), seed=0)[1].base_revision == "0123abc"
+    assert finetune(Backbone(languages["llama"]), EXAMPLES, replace(HEAD, epochs=1), seed=0)[1].base_revision == ""
+
+
 def test_refusals(backbone):
     for examples, words in [
         (EXAMPLES[:5], "both 0 and 1"),

@@ -16,6 +16,7 @@ from transfer.trainers import (
     load_trained,
     loss_curve,
     read_record,
+    revision,
     save_trained,
     scratch,
     trainable,
@@ -86,6 +87,7 @@ def finetune(
         curve=curve,
         seconds=time.monotonic() - start,
         n_truncated=n_truncated,
+        base_revision=revision(backbone.language),
     )
     if out is not None:
         save_trained(model, run, recipe, Path(out))

@@ -142,6 +142,11 @@ def train_with_trl(
         return loss_curve(made, what, recipe)
 
 
+def revision(language: Any) -> str:
+    """The commit that a base was loaded from on the Hub; empty for files."""
+    return str(getattr(language.model.config, "_commit_hash", None) or "")
+
+
 def trainable(model: torch.nn.Module) -> int:
     """Trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -19,7 +19,15 @@ from transfer.recipes import Recipe
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import chat_ids
 from transfer.tasks.preferences import Pair
-from transfer.trainers import load_trained, read_record, save_trained, train_with_trl, trainable, with_adapters
+from transfer.trainers import (
+    load_trained,
+    read_record,
+    revision,
+    save_trained,
+    train_with_trl,
+    trainable,
+    with_adapters,
+)
 
 
 class RewardBackbone(Backbone):
@@ -128,6 +136,7 @@ def train_reward(
         curve=curve,
         seconds=time.monotonic() - start,
         n_truncated=n_truncated,
+        base_revision=revision(backbone.language),
     )
     seen = frozenset(pair.key for pair in pairs)
     if out is not None:

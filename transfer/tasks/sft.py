@@ -23,7 +23,15 @@ from transfer.recipes import Recipe, upper_layers
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import answer_ids, written
 from transfer.tasks.demonstrations import Demonstration
-from transfer.trainers import load_trained, read_record, save_trained, train_with_trl, trainable, with_adapters
+from transfer.trainers import (
+    load_trained,
+    read_record,
+    revision,
+    save_trained,
+    train_with_trl,
+    trainable,
+    with_adapters,
+)
 
 IGNORED = -100
 HEAD = "lm_head"
@@ -152,6 +160,7 @@ def train_sft(
         curve=curve,
         seconds=time.monotonic() - start,
         n_truncated=n_truncated,
+        base_revision=revision(language),
     )
     seen = frozenset(shown.key for shown in demonstrations)
     if out is not None:
