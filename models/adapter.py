@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.language import LanguageModel
+from models.placement import place
 from models.sae import Dictionary
 from models.token_filter import counted, name
 from models.tokens import Rendered
@@ -110,7 +111,7 @@ class Adapter:
         codes: str = "sae",
         skip: Sequence[str] = (),
     ) -> Self:
-        """Load and tie together.
+        """Load and tie together; whatever loads the same model again by name does it in the same way.
 
         Args:
             model: Model reference, see ``LanguageModel.load``.
@@ -126,6 +127,7 @@ class Adapter:
             TransferError: When the widths differ, the layer is unknown, out of range or not the SAE's own, or ``codes``
                 or ``skip`` are none of these.
         """
+        place(model, dtype=dtype, device=device)
         language, dictionary = LanguageModel.load(model, dtype=dtype, device=device), Dictionary.load(sae, device)
         return cls.join(language, dictionary, layer, codes=codes, skip=skip)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from models.adapter import Adapter
 from models.decoding import Decoding
 from models.generators import Prompt
+from models.placement import placed
 from models.steered import SteeredGenerator
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
@@ -79,12 +79,8 @@ class GuidedLanguage:
                 layer.
         """
         language = self.adapter.language
-        config = language.model.config
-        room = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 10**9) - max_new_tokens
-        ids = [line or [language.pad_id] for line in language.renderer.plain(prompts)]
-        longest = max(map(len, ids), default=0)
-        if longest > room:
-            raise TransferError(f"A prompt has {longest} tokens, {self.ref} has room for {room}.")
+        window = getattr(language.model.config, "sliding_window", None)
+        ids = [line or [language.pad_id] for line in language.with_room(prompts, max_new_tokens, window)]
         if steer is not None and steer[0] != self.adapter.space.layer:
             raise TransferError("Guided decoding steers at the SAE's own layer only.", "Use that layer.")
         texts: list[str] = []
@@ -114,12 +110,7 @@ class GuidedGenerator(SteeredGenerator):
         weight: λ, in nats for one scale of the feature; 0 is plain sampling.
         candidates: Tokens compared at each step.
         model: Name of the model, for lineage.
-        max_new_tokens: Longest text.
-        temperature: Sampling temperature.
-        top_p: Nucleus.
-        batch_size: Rows in one forward pass, each ``candidates`` tokens wide.
-        chunk: Rows written in one go, with a seed of their own.
-        executor: See ``SteeredGenerator``.
+        settings: As for ``SteeredGenerator``; a row of a batch is ``candidates`` tokens wide.
     """
 
     reads = frozenset({"feature"})
@@ -131,30 +122,16 @@ class GuidedGenerator(SteeredGenerator):
         weight: float = 4.0,
         candidates: int = 16,
         model: str = "",
-        max_new_tokens: int = 40,
-        temperature: float = 0.8,
-        top_p: float = 0.9,
-        batch_size: int = 64,
-        chunk: int = 256,
-        executor: Executor | None = None,
+        **settings: Any,
     ) -> None:
-        if weight < 0 or candidates < 1 or temperature <= 0:
+        model = model or adapter.space.model
+        super().__init__(GuidedLanguage(adapter), adapter.space.layer, model=model, **settings)
+        if weight < 0 or candidates < 1 or self.settings["temperature"] <= 0:
             raise TransferError("Guided decoding needs weight >= 0, candidates >= 1 and temperature > 0.")
-        super().__init__(
-            GuidedLanguage(adapter),
-            adapter.space.layer,
-            model=model or adapter.space.model,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            batch_size=batch_size,
-            chunk=chunk,
-            executor=executor,
-        )
         self.adapter = adapter
         self.how: dict[str, Any] = dict(candidates=candidates, weight=weight)
-        settings = [self.settings, self.how, adapter.space.id, batch_size, chunk]
-        self.name = f"guided:{model or adapter.space.model}@{adapter.space.layer}#{digest(settings, 6)}"
+        decisive = [self.settings, self.how, adapter.space.id, self.batch_size, self.chunk]
+        self.name = f"guided:{model}@{adapter.space.layer}#{digest(decisive, 6)}"
 
     def _job(self, requests: list[Prompt], part: list[tuple[int, int]], begin: int) -> dict[str, Any]:
         job = super()._job(requests, part, begin)
@@ -172,4 +149,5 @@ def guided_chunk(where: tuple[str, str, int], job: dict[str, Any]) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _kept_adapter(model: str, sae: str, layer: int) -> Adapter:
-    return Adapter.load(model, sae, layer)
+    dtype, device = placed(model)
+    return Adapter.load(model, sae, layer, dtype=dtype, device=device)

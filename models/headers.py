@@ -13,6 +13,7 @@ from models.refs import local, parse
 from models.registry import find_sae, hub_id, known_model
 from models.sae import RULES, layer_of
 from models.sae import SCHEMES as SAE_SCHEMES
+from models.shapes import known_config
 from transfer.core.errors import TransferError
 from transfer.core.files import read_json
 
@@ -29,6 +30,7 @@ class ModelHeader:
     """All of them."""
     n_lower: tuple[int, ...] = ()
     """Parameters that run before canonical layer i, embeddings left out (they are looked up, not multiplied)."""
+    vocab: int | None = None
     hub: str = ""
     """Hub id, where the reference is one."""
     weights: bool = True
@@ -58,7 +60,8 @@ class SaeHeader:
 def model_header(ref: str) -> ModelHeader:
     """Read a configuration and count its parameters on torch's meta device, which holds none.
 
-    A Hub model whose configuration is neither cached nor reachable is described by ``models.registry`` alone.
+    A Hub model whose configuration is neither cached nor reachable is described by ``models.shapes``, or else by
+    ``models.registry`` alone.
 
     Raises:
         TransferError: For a reference, folder or family that cannot be used, or a Hub model nothing is known of.
@@ -80,11 +83,13 @@ def model_header(ref: str) -> ModelHeader:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             weights = any(folder.glob("*.safetensors"))
     except (OSError, ValueError) as error:
-        known = known_model(rest.partition("@")[0]) if scheme == "hub" else None
-        if known is None:
+        hub = hub_id(rest.partition("@")[0]) if scheme == "hub" else ""
+        known, config = known_model(hub), known_config(hub)
+        if config is None and known is None:
             first = str(error).strip().split("\n")[0]
             raise TransferError(f"The configuration of {ref} could not be read ({first}).") from error
-        return ModelHeader(ref, known.family, known.n_layers, hub=known.hub, weights=False)
+        if config is None and known is not None:
+            return ModelHeader(ref, known.family, known.n_layers, hub=known.hub, weights=False)
     family = family_of(config)
     model = _meta(config)
     layers = family.part(model, family.layers)
@@ -100,6 +105,7 @@ def model_header(ref: str) -> ModelHeader:
         n_lower=tuple(lower),
         hub=name,
         weights=weights,
+        vocab=config.vocab_size,
     )
 
 

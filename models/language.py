@@ -17,6 +17,7 @@ from torch import Tensor
 from models.checkpoint import read_model
 from models.family import Family, family_of
 from models.hooks import editing, output_at, steering
+from models.placement import placed
 from models.refs import local, parse
 from models.registry import hub_id
 from models.tokens import Rendered, Renderer
@@ -94,9 +95,17 @@ class LanguageModel:
             content = digest([revision, digest(config.to_dict())])
         else:
             content = file_hash(*sorted({f for pattern in _FILES for f in Path(place).glob(pattern)}))
+        if dtype != "float32":  # other numbers come out, so it is another model to every content key
+            content = digest([content, dtype])
         card_file = Path(place) / "card.json"
         card = read_json(card_file) if scheme != "hub" and card_file.is_file() else {}
-        model.requires_grad_(False).eval().to(device)
+        try:
+            model.requires_grad_(False).eval().to(device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            first = str(error).strip().split("\n")[0]
+            raise TransferError(
+                f"{ref} cannot be put on {device!r} ({first}).", "Set its device to one there is."
+            ) from None
         return cls(ref=ref, hash=content, family=family_of(config), model=model, tokenizer=tokenizer, card=card)
 
     @property
@@ -229,6 +238,21 @@ class LanguageModel:
 
     # Text out.
 
+    def with_room(self, prompts: list[str], max_new_tokens: int, window: int | None = None) -> list[list[int]]:
+        """Token ids of raw texts that leave room for a continuation in the context, or in a shorter ``window``.
+
+        Raises:
+            TransferError: When one does not.
+        """
+        ids = self.renderer.plain(prompts)
+        room = min(self.model.config.max_position_embeddings, window or 10**9) - max_new_tokens
+        longest = max(map(len, ids), default=0)
+        if longest > room:
+            raise TransferError(
+                f"A prompt has {longest} tokens, {self.ref} has room for {room}.", "Shorten the examples."
+            )
+        return ids
+
     def generate(
         self,
         prompts: list[str],
@@ -261,13 +285,7 @@ class LanguageModel:
         """
         from models.sampling import sample
 
-        ids = self.renderer.plain(prompts)
-        room = self.model.config.max_position_embeddings - max_new_tokens
-        longest = max(map(len, ids), default=0)
-        if longest > room:
-            raise TransferError(
-                f"A prompt has {longest} tokens, {self.ref} has room for {room}.", "Shorten the examples."
-            )
+        ids = self.with_room(prompts, max_new_tokens)
         if steer is not None and steer[1].shape != (len(prompts), self.d_model):
             raise TransferError(
                 f"Steering vectors are {tuple(steer[1].shape)}, expected ({len(prompts)}, {self.d_model})."
@@ -380,7 +398,11 @@ class LanguageModel:
         return self.renderer.bytes.vocabulary
 
 
-@lru_cache(maxsize=1)
 def kept_language(ref: str) -> LanguageModel:
-    """``LanguageModel.load``; the last one stays in memory, for worker processes that write or train job by job."""
-    return LanguageModel.load(ref)
+    """``LanguageModel.load`` as ``models.placement`` says; the last one stays in memory, for work done job by job."""
+    return _kept(ref, *placed(ref))
+
+
+@lru_cache(maxsize=1)
+def _kept(ref: str, dtype: str, device: str) -> LanguageModel:
+    return LanguageModel.load(ref, dtype=dtype, device=device)

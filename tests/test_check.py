@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,9 @@ from models.headers import model_header, sae_header
 from transfer.check import check
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.estimate import GIB, Side, training_gib
+from transfer.hub import UnreachableError
+from transfer.recipes import Recipe
 
 SHAPES: dict[str, tuple[Any, int]] = {
     # Configuration with the true shapes, and the parameters the published model has.
@@ -55,7 +59,7 @@ SHAPES: dict[str, tuple[Any, int]] = {
 }
 
 
-def big(folder: Path, *, width: int = 65536, **changes: Any) -> Path:
+def big(folder: Path, *, width: int = 65536, device: str = "cuda", **changes: Any) -> Path:
     """An experiment on the paper's three models and SAEs: configurations only, weights are empty files."""
     models = {}
     for name, (config, _) in SHAPES.items():
@@ -73,7 +77,7 @@ def big(folder: Path, *, width: int = 65536, **changes: Any) -> Path:
         }
         (sae / "cfg.json").write_text(json.dumps(cfg))
         (sae / "sae_weights.safetensors").write_bytes(b"")
-        models[name] = {"model": f"path:{model}", "sae": f"path:{sae}"}
+        models[name] = {"model": f"path:{model}", "sae": f"path:{sae}", "dtype": "bfloat16", "device": device}
     file = folder / "big.yaml"
     settings = {"name": "big", "models": models, "align": {"methods": ["fused"], "use": "fused"}, **changes}
     file.write_text(yaml.safe_dump(settings))
@@ -89,7 +93,7 @@ def test_true_shapes_are_counted_without_weights(tmp_path):
     found = check(load_experiment(file), tflops=100.0)
     assert found.problems == []
     rows = {row["name"]: row for row in found.models}
-    assert rows["llama"]["weights_gib"] == pytest.approx(29.9, abs=0.1)
+    assert rows["llama"]["weights_gib"] == pytest.approx(2 * 8_030_261_248 / 2**30)
     assert rows["qwen"]["sae_gib"] == pytest.approx(2 * 4 * 3584 * 65536 / 2**30)
     assert rows["qwen"]["layer"] == 14 and rows["llama"]["layer"] == 16
     stages = {row["stage"]: row for row in found.stages}
@@ -139,19 +143,82 @@ def test_what_is_on_the_hub_is_said_not_guessed(tmp_path):
     file = big(tmp_path)
     data = yaml.safe_load(file.read_text())
     data["models"]["llama"] = {
-        "model": "hub:meta-llama/Meta-Llama-3-8B-Instruct@main",
-        "sae": "saelens:llama-3.1-8b-instruct-andyrdt/resid_post_layer_15_trainer_1",
+        "model": "hub:meta-llama/Llama-3.3-70B-Instruct@main",
+        "sae": "saelens:goodfire-llama-3.1-8b-instruct/layer_19",
     }
     file.write_text(yaml.safe_dump(data))
     found = check(load_experiment(file), tflops=1.0)
     notes = " ".join(found.notes)
-    assert "was trained on meta-llama/Llama-3.1-8B-Instruct, not on meta-llama/Meta-Llama-3-8B-Instruct" in notes
+    assert "was trained on meta-llama/Llama-3.1-8B-Instruct, not on meta-llama/Llama-3.3-70B-Instruct" in notes
     assert "are on the Hub, they were not looked at" in notes and "no time is estimated" in notes
     assert found.problems == []
     with pytest.raises(TransferError, match="could not be read"):
         model_header("hub:gpt2@main")
     with pytest.raises(TransferError, match="No release saelens:nothing/here"):
         sae_header("saelens:nothing/here")
+
+
+@pytest.mark.parametrize("task", ["toxicity", "reward", "steering", "instruction"])
+def test_the_presets_of_8b_models_pass_without_a_network(task, monkeypatch):
+    """Nothing of it is cached: shapes are still the true ones, and the rest is said to be unseen."""
+    monkeypatch.setattr("transfer.hub.load_hub", unreachable)
+    experiment = load_experiment(f"{task}-8b")
+    assert experiment.tune.task == task
+    found = check(experiment)
+    assert found.problems == []
+    rows = {row["name"]: row for row in found.models}
+    assert {n: rows[n]["parameters"] for n in SHAPES} == {n: count for n, (_, count) in SHAPES.items()}
+    assert {n: (rows[n]["layer"], rows[n]["features"]) for n in SHAPES} == {
+        "llama": (16, 65536),
+        "mistral": (16, 65536),
+        "qwen": (14, 65536),
+    }
+    assert {row["device"] for row in found.memory} == {"cuda:0", "cuda:1", "cuda:2"}
+    assert all(10 < row["gib"] < 79 for row in found.memory), "an 80 GB GPU holds each"
+    assert all(row["hours"] > 0 for row in found.stages)
+    stages = {row["stage"] for row in found.stages}
+    assert ("tune llama" in stages) == (task == "toxicity")
+    assert ("tune task base" in stages) == (task == "instruction")
+    assert sum("is not here" in note for note in found.notes) == (3 if task == "toxicity" else 4)
+
+
+def unreachable(ref: str) -> Any:
+    raise UnreachableError(f"Cannot load {ref}.")
+
+
+def test_memory_of_fine_tuning_is_counted_by_hand(tmp_path):
+    llama = model_header(f"path:{big(tmp_path).parent / 'llama'}")
+    gpu, cpu = (Side("llama", llama, None, 16, "bfloat16", device) for device in ("cuda", "cpu"))
+    weights = 4 * 8_030_261_248 / GIB
+    head = Recipe("h", "head", epochs=1, lr=1.0, batch=4)
+    assert training_gib(gpu, head, "toxicity") == pytest.approx(weights)
+    assert training_gib(cpu, head, "toxicity") == pytest.approx(2 * weights), "a processor trains a copy"
+    lora = Recipe("l", "lora", epochs=1, lr=1.0, batch=8, accumulate=2, max_tokens=100, dtype="bfloat16")
+    kept = 4 * 100 * 4096 * 32 * 34 / GIB
+    assert training_gib(gpu, lora, "toxicity") == pytest.approx(weights + kept)
+    assert training_gib(gpu, lora, "reward") == pytest.approx(weights + 2 * kept)
+    thin = dataclasses.replace(lora, checkpointing=True)
+    assert training_gib(gpu, thin, "toxicity") == pytest.approx(weights + 4 * 100 * 4096 * (32 * 2 + 34) / GIB)
+    full = dataclasses.replace(lora, kind="full")
+    assert training_gib(gpu, full, "toxicity") == pytest.approx(5 * weights + kept)
+
+
+def test_what_does_not_fit_is_a_problem(tmp_path):
+    problems = check(load_experiment(big(tmp_path, device="cpu")), tflops=1.0).problems
+    assert len(problems) == 1 and re.search(r"llama, mistral, qwen on cpu need about \d+ GiB", problems[0])
+
+
+def test_settings_that_nothing_would_read_are_problems():
+    problems = check(load_experiment("demo", ["tune.evaluation=x.jsonl"]), tflops=0.1).problems
+    assert any("does not read tune.evaluation" in p for p in problems)
+    problems = check(load_experiment("demo", ["tune.options.draws=5"]), tflops=0.1).problems
+    assert len(problems) == 1 and "does not read tune.options" in problems[0]
+    problems = check(
+        load_experiment("demo", ["tune.task=steering", "tune.options.layer=[1]", "tune.train=missing.json"])
+    ).problems
+    assert any("no option 'layer'" in p and "'layers'" in p for p in problems)
+    task = load_experiment("demo", ["tune.task=reward", "tune.train=missing.jsonl"])
+    assert any("missing.jsonl does not exist" in p for p in check(task, tflops=0.1).problems)
 
 
 def test_check_on_the_command_line(tmp_path):

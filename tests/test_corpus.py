@@ -136,6 +136,7 @@ def test_a_hub_dataset_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch)
     asked = []
 
     class Rows(list):
+        column_names = ("text", "label")
         features = {"label": SimpleNamespace(int2str=lambda i: ["benign", "harmful"][i])}
 
     def load_dataset(*args, **kwargs):
@@ -143,8 +144,8 @@ def test_a_hub_dataset_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch)
         return Rows([{"text": "a", "label": 1}, {"text": "b", "label": 0}])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    corpus = load_corpus("hub:owner/set@abc", hub_split="test")
-    assert asked == [(("owner/set", None), {"split": "test", "revision": "abc"})]
+    corpus = load_corpus("hub:owner/set@abc?split=test")
+    assert asked == [(("owner/set", None), {"split": "test", "revision": "abc", "data_files": None})]
     assert [t.label for t in corpus] == ["harmful", "benign"] and corpus.name == "owner/set"
 
 

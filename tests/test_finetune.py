@@ -258,6 +258,16 @@ def test_record_counts_what_went_in(backbone):
     assert model.predict([t for t, _ in EXAMPLES]).n_truncated == run.n_truncated
 
 
+def test_the_commit_of_the_base_is_recorded(languages):
+    import copy
+
+    model = copy.deepcopy(languages["llama"].model)
+    model.config._commit_hash = "0123abc"
+    language = replace(languages["llama"], model=model)
+    assert finetune(Backbone(language), EXAMPLES, replace(HEAD, epochs=1), seed=0)[1].base_revision == "0123abc"
+    assert finetune(Backbone(languages["llama"]), EXAMPLES, replace(HEAD, epochs=1), seed=0)[1].base_revision == ""
+
+
 def test_refusals(backbone):
     for examples, words in [
         (EXAMPLES[:5], "both 0 and 1"),
@@ -341,6 +351,24 @@ def test_mixed_precision_and_checkpointing_train_and_repeat(backbone, changes):
     assert np.array_equal(one, two)
     assert np.allclose(one, plain, atol=1e-4 if "checkpointing" in changes else 0.2)
     assert np.array_equal(one, plain) == ("checkpointing" in changes)
+
+
+@pytest.mark.parametrize("recipe", [LORA, UPPER, HEAD], ids=lambda r: r.name)
+def test_copies_that_share_the_frozen_weights_train_the_same(languages, recipe):
+    """As on an accelerator: nothing frozen is copied, and nothing of it changes, predicting included."""
+    shared, own = Backbone(languages["qwen"]), Backbone(languages["qwen"])
+    shared.shared = True
+    before = weights(shared.model)
+    recipe = replace(recipe, dropout=0.0)
+    one, two = (finetune(b, EXAMPLES, recipe, seed=2)[0] for b in (shared, own))
+    assert np.allclose(one.logits(BAKING), two.logits(BAKING), atol=1e-5)
+    held = {p.data_ptr() for p in shared.body(recipe.layers).model.base_model.parameters()}
+    frozen = [p for n, p in one.model.named_parameters() if "lora_" not in n and "score" not in n]
+    assert frozen and all(p.data_ptr() in held for p in frozen)
+    assert all(torch.equal(value, before[key]) for key, value in shared.model.state_dict().items())
+    full = replace(LORA, kind="full", lr=1e-3, dropout=0.0)
+    finetune(shared, EXAMPLES, full, seed=2)
+    assert all(torch.equal(value, before[key]) for key, value in shared.model.state_dict().items())
 
 
 def test_nothing_to_train_is_refused(backbone):

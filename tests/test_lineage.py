@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import Candidate, SynthesisRun
-from transfer.lineage import CardFacts, card, card_counts, read_jsonl, write_dataset, write_jsonl
+from transfer.lineage import CardFacts, card, card_counts, write_dataset, write_jsonl
 from transfer.synth_cli import find_synthesis, synth
 from transfer.training_formats import format_of, llama_factory_rows, trl_rows, write_llama_factory, write_trl
 
@@ -51,6 +51,10 @@ def made(kind: str = "query", n: int = 5, label: str = "benign") -> SynthesisRun
     rejected = [candidate(90, "copy"), candidate(91, "below_threshold")]
     kept = [candidate(i, kind=kind, label=label) for i in range(n)]
     return SynthesisRun("space", "steered:zoo:llama@3#abc", "missing", 3, tuple(kept + rejected), 4, 2)
+
+
+def read_jsonl(path: Path) -> list[Candidate]:
+    return [Candidate(**json.loads(line)) for line in path.read_text("utf8").split("\n") if line]
 
 
 def test_lineage_survives_json_lines_and_parquet(tmp_path: Path) -> None:
@@ -114,9 +118,6 @@ def test_cards_without_licence_and_empty_datasets_are_refused(tmp_path: Path) ->
     with pytest.raises(TransferError, match="None of the 2 candidates"):
         write_dataset(none, tmp_path / "d", FACTS)
     assert not (tmp_path / "d").exists()
-    (tmp_path / "c.jsonl").write_text('{"text": 1}\n')
-    with pytest.raises(TransferError, match="line 1 is no candidate"):
-        read_jsonl(tmp_path / "c.jsonl")
 
 
 # --- training files ---

@@ -16,13 +16,15 @@ import pytest
 
 from transfer import matrix
 from transfer.claims import compare, summarise, verdict
+from transfer.core.config import TuneSection
 from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import write_json
 from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus, Text
 from transfer.core.workers import Workers
 from transfer.finetune import Recipe, data_hash
-from transfer.matrix import Cell, CellResult, cell_key, grid_task, run_cells, write_examples
+from transfer.matrix import Cell, CellResult, cell_key, run_cells, write_examples
+from transfer.tasks import grid_task
 from transfer.tasks.base import Predictions
 from transfer.tasks.intent import Intent, weighted_auprc
 
@@ -440,8 +442,9 @@ def test_results_of_the_finished_cells_come_with_the_failure(tmp_path):
 
 
 def test_a_toxicity_grid_takes_the_labels_of_its_data() -> None:
+    tune = TuneSection(task="toxicity")
     corpus = Corpus("own", (Text("a", "mild", "fine"), Text("b", "less so", "rude")))
-    assert [label for _, label in grid_task("toxicity", positive="rude").examples(corpus)] == [0, 1]
+    assert [label for _, label in grid_task(tune, "rude").examples(corpus)] == [0, 1]
     third = Corpus("own", (*corpus.texts, Text("c", "other", "spam")))
     with pytest.raises(TransferError, match=r"fine, rude, spam.*data\.positive"):
-        grid_task("toxicity", positive="rude").examples(third)
+        grid_task(tune, "rude").examples(third)

@@ -99,6 +99,15 @@ def test_every_family_learns_repeats_and_loads_again(family, kind, request, tmp_
     assert names & {"adapter_model.safetensors", "lm_head.safetensors"}
 
 
+def test_upper_layers_alone_get_adapters(tiny_llama):
+    language = LanguageModel.load(f"path:{tiny_llama}")
+    _, whole = train_sft(language, SHOWN[:4], replace(LORA, epochs=1), 0)
+    model, upper = train_sft(language, SHOWN[:4], replace(LORA, epochs=1, layers="upper"), 0)
+    assert upper.n_trainable * language.n_layers == whole.n_trainable
+    names = [n for n, _ in model.language.model.named_parameters() if "lora_" in n]
+    assert names and all(".layers.2." in n for n in names)
+
+
 def test_prompts_give_no_loss(tiny_llama):
     """The first step's loss is the mean over the answer's tokens and its end of turn, and over no other."""
     language = LanguageModel.load(f"path:{tiny_llama}")

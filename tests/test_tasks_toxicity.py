@@ -69,21 +69,21 @@ def test_labels_that_say_neither_are_refused_and_counted(tmp_path):
 
 
 def test_known_answers_of_every_metric(tmp_path):
-    labels, scores = np.array([1, 0, 1, 0, 0]), np.array([0.95, 0.85, 0.65, 0.15, 0.1])
+    labels, scores = np.array([1, 0, 0, 0, 1, 0]), np.array([0.95, 0.85, 0.75, 0.65, 0.15, 0.1])
     task = Toxicity(draws=100)
     assert isinstance(task, Task)
     found = task.evaluate(Fixed(scores), corpus(["toxic" if y else "safe" for y in labels]), tmp_path / "k.jsonl")
     by = {r.metric: r for r in found}
     assert list(by) == ["auprc", "auroc", "brier", "ece"]
-    assert by["auprc"].value == pytest.approx((1 + 2 / 3) / 2)
+    assert by["auprc"].value == pytest.approx((1 + 2 / 5) / 2)
     assert by["auprc"].value == pytest.approx(average_precision_score(labels, scores))
-    assert by["auroc"].value == pytest.approx(5 / 6)
+    assert by["auroc"].value == pytest.approx(5 / 8), "not the number above: one cannot stand in for the other"
     assert by["brier"].value == pytest.approx(brier_score_loss(labels, scores))
-    # Bins [.1,.2): scores .15 and .1, no positive: gap .25; [.6,.7): .35 short; [.8,.9): .85 over; [.9,1]: .05 short.
-    assert by["ece"].value == pytest.approx((0.25 + 0.35 + 0.85 + 0.05) / 5)
+    # Bins [.1,.2): scores .15 and .1, one positive: .75 short; .65, .75 and .85 over; [.9,1]: .05 short.
+    assert by["ece"].value == pytest.approx((0.75 + 0.65 + 0.75 + 0.85 + 0.05) / 6)
     assert by["ece"].value == pytest.approx(expected_calibration_error(labels, scores))
-    assert all(r.n == 5 and r.per_example == "k.jsonl" and r.stderr > 0 and r.task == "toxicity" for r in found)
-    assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 5
+    assert all(r.n == 6 and r.per_example == "k.jsonl" and r.stderr > 0 and r.task == "toxicity" for r in found)
+    assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 6
 
 
 def test_weighted_calibration_is_that_of_repeated_examples():

@@ -35,7 +35,7 @@ CORPORA = {"anchor": corpus("anchor", 12), "seed": corpus("seed", 4), "evaluatio
 @pytest.fixture
 def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Training sets of one target: the seed, part of it, and the seed with texts that make a cell crash."""
-    monkeypatch.setattr(matrix, "grid_task", lambda name, **options: TASK)
+    monkeypatch.setattr("transfer.tasks.grid_task", lambda tune, positive, **options: TASK)
     monkeypatch.setitem(HASHES, "zoo:s", space("s").model_hash)
     seed = [[t.text, t.label] for t in CORPORA["seed"]]
     plain: dict[str, Any] = {"source": "", "generator": "", "writer": "", "target": "s", "arm": "seed_only"}
@@ -110,5 +110,5 @@ def test_a_run_with_failed_cells_writes_its_report_before_it_says_so(
 
 @pytest.mark.parametrize("task", ["reward", "steering", "instruction"])
 def test_tasks_without_a_label_to_detect_are_refused_by_the_grid(tmp_path: Path, task: str) -> None:
-    with pytest.raises(TransferError, match=f"The grid cannot run the task '{task}' yet"):
-        Pipeline(load_experiment("demo", [f"tune.task={task}"]), tmp_path, [])
+    with pytest.raises(TransferError, match=f"Task '{task}' has no class to detect"):
+        Pipeline(load_experiment("demo", [f"tune.task={task}"]), tmp_path, []).check("tune")

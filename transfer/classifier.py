@@ -15,6 +15,7 @@ import torch
 
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
+from transfer.recipes import upper_layers
 from transfer.tasks.base import Predictions
 
 KEPT = 3
@@ -63,7 +64,8 @@ class Backbone:
     """A frozen base model under transformers' own sequence-classification class.
 
     Everything trained starts from ``fresh``, a copy; the backbone itself never changes. Its weights share memory with
-    the language model where that is float32 already.
+    the language model where that is float32 already. On an accelerator the copies share the frozen weights too, since
+    two of 8 billion parameters would not fit; adapters then stay beside the weights instead of being folded into them.
     """
 
     def __init__(self, language: Language, ref: str = "") -> None:
@@ -87,13 +89,15 @@ class Backbone:
         self.ref = ref or str(getattr(language, "ref", "")) or language.hash
         self.hash = language.hash
         self.device: torch.device = self.model.score.weight.device
+        self.shared = self.device.type != "cpu"
+        """Whether copies share the frozen weights."""
         self.pad = int(config.pad_token_id)
         self.language = language
         self._pooled = _Memo()
 
-    def fresh(self, seed: int) -> Any:
-        """A copy of the classifier with ``score`` drawn anew from ``seed``."""
-        return _fresh(self.model, seed)
+    def fresh(self, seed: int, frozen: bool = True) -> Any:
+        """A copy of the classifier with ``score`` drawn anew from ``seed``; unless ``frozen``, of every weight."""
+        return _fresh(self.model, seed, share=frozen and self.shared)
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """Token ids of each text as a user turn, cut on the right, and how many were cut.
@@ -167,7 +171,7 @@ class UpperLayers:
         layers = whole.model.base_model.layers
         self.whole = whole
         self.device = whole.device
-        self.split = len(layers) - max(1, len(layers) // 3)
+        self.split = upper_layers(len(layers)).start
         if not self.split:
             raise TransferError(
                 f"{whole.ref} has one layer, so no lower ones to freeze.", "Use a recipe for all layers."
@@ -183,9 +187,9 @@ class UpperLayers:
         self._lower = _Memo()
         logging.getLogger(GenericForSequenceClassification.__module__).addFilter(_LEFT_PADDED)
 
-    def fresh(self, seed: int) -> Any:
-        """A copy of the upper layers as a classifier of their own, with ``score`` drawn anew from ``seed``."""
-        return _fresh(self.model, seed)
+    def fresh(self, seed: int, frozen: bool = True) -> Any:
+        """A copy of the upper layers as a classifier of their own; see ``Backbone.fresh``."""
+        return _fresh(self.model, seed, share=frozen and self.whole.shared)
 
     def items(self, rows: Sequence[Sequence[int]]) -> list[Any]:
         """Per text, the residual stream after the lower layers, float32 [tokens, d_model]."""
@@ -260,8 +264,8 @@ def by_length(rows: Sequence[Sequence[int]], batch: int = 32) -> Iterator[list[i
         yield order[start : start + batch]
 
 
-def _fresh(model: Any, seed: int) -> Any:
-    model = copy.deepcopy(model)
+def _fresh(model: Any, seed: int, share: bool) -> Any:
+    model = copy.deepcopy(model, {id(p): p for p in model.base_model.parameters()} if share else {})
     draws = torch.Generator().manual_seed(seed)
     std = getattr(model.config, "initializer_range", 0.02)
     weight = torch.randn(model.score.weight.shape, generator=draws) * std
@@ -279,7 +283,7 @@ class Classifier:
         self.max_tokens = max_tokens
         self.frozen = frozen
         """Whether only ``score`` was trained, so that pooled features of the base can be used again."""
-        self._folded = not hasattr(model, "merge_adapter")
+        self._folded = backbone.shared or not hasattr(model, "merge_adapter")
 
     @torch.inference_mode()
     def logits(self, texts: Sequence[str]) -> np.ndarray:
@@ -311,9 +315,13 @@ class Classifier:
         return Predictions(odds / odds.sum(axis=1, keepdims=True), n_truncated)
 
 
-@lru_cache(maxsize=1)
 def load_backbone(ref: str) -> Backbone:
     """The backbone of a typed model reference; the last one stays in memory (grids run target by target)."""
     from models.language import kept_language
 
-    return Backbone(kept_language(ref), ref)
+    return _backbone(kept_language(ref), ref)
+
+
+@lru_cache(maxsize=1)
+def _backbone(language: Language, ref: str) -> Backbone:
+    return Backbone(language, ref)

@@ -20,6 +20,7 @@ from transfer.lines import lines_of
 from transfer.models_cli import models
 from transfer.options import Json, Quiet, TextColumn, command_line
 from transfer.synth_cli import synth
+from transfer.task_cli import evaluate, tune
 
 QUICK_START = """\
 Does another model have this feature, and can it write the data that yours lacks?
@@ -39,6 +40,8 @@ app.add_typer(align, name="align")
 app.add_typer(models, name="models")
 app.add_typer(cover, name="cover")
 app.add_typer(synth, name="synth")
+app.add_typer(tune, name="tune")
+app.add_typer(evaluate, name="eval")
 app.add_typer(fv, name="fv")
 
 Config = Annotated[str, typer.Argument(help="Experiment YAML, or a preset name.")]
@@ -92,8 +95,8 @@ _verb("harvest", "Store the sparse SAE activations of the texts, per model.")
 _verb("align", "Match features between all pairs of an experiment's models.", align, "run")
 _verb("cover", "Feature Activation Coverage of the seed data, and the features it lacks.", cover, "run")
 _verb("synth", "Write texts for the missing features, scored by the SAE.", synth, "run")
-_verb("tune", "Fine-tune every target on every arm.")
-_verb("eval", "The transfer table: means, intervals, controls, verdicts.")
+_verb("tune", "Fine-tune every target on every arm.", tune, "run")
+_verb("eval", "The transfer table: means, intervals, controls, verdicts.", evaluate, "run")
 app.command()(diversity)
 app.command()(explain)
 

@@ -15,10 +15,10 @@ from typing import Any
 from transfer.core.errors import TransferError
 from transfer.core.files import read_json
 from transfer.core.texts import Corpus, Text
+from transfer.hub import HUB, hub_rows, load_hub, parse_hub
 
 DATA = Path(__file__).parent / "data"
 BUNDLED = "bundled:"
-HUB = "hub:"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _LABELS = ("label", "intent")
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -36,23 +36,20 @@ def load_corpus(
     topic_column: str | None = None,
     split_column: str | None = None,
     id_column: str | None = None,
-    hub_split: str = "train",
-    hub_config: str | None = None,
     name: str | None = None,
 ) -> Corpus:
     """Read a corpus whole.
 
     Args:
         ref: ``bundled:requests``, a path to a ``.jsonl``/``.json``/``.csv``/``.tsv``/``.parquet`` file, or
-            ``hub:<dataset id>[@<revision>]``.
+            ``hub:<dataset id>[@<revision>][?…]`` (see ``transfer.hub.HubRef``), whose ``text`` and ``label`` go before
+            the columns named here.
         text_column: Column with the text, or with a conversation, whose user turns are taken; by default also one of
             ``CONVERSATIONS``. Leading and trailing white space is cut.
         label_column: Class label; by default ``label`` or ``intent`` where there is one.
         topic_column: Topic; by default ``topic`` where there is one.
         split_column: Split; by default ``split`` where there is one.
         id_column: Identity; by default ``id`` where there is one, else the row number.
-        hub_split: Split of a Hub dataset.
-        hub_config: Configuration of a Hub dataset.
         name: Name of the corpus; by default the file's or dataset's.
 
     Returns:
@@ -71,9 +68,9 @@ def load_corpus(
             )
         rows, title = _jsonl(path), wanted
     elif ref.startswith(HUB):
-        dataset, revision = _hub_ref(ref)
-        loaded = _hub(dataset, revision, hub_config, hub_split)
-        rows, title, labels = _hub_rows(ref, loaded), dataset, getattr(loaded, "features", None)
+        named, loaded = parse_hub(ref), load_hub(ref)
+        text_column, label_column = named.text or text_column, named.label or label_column
+        rows, title, labels = hub_rows(ref, loaded), named.dataset, getattr(loaded, "features", None)
     else:
         rows, title = _file(Path(ref)), Path(ref).stem
     columns = _Columns(ref, text_column, label_column, topic_column, split_column, id_column)
@@ -252,32 +249,3 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise TransferError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}).") from None
     except OSError as error:
         raise TransferError(f"Cannot read {path}: {error}.") from None
-
-
-def _hub_ref(ref: str) -> tuple[str, str]:
-    dataset, _, revision = ref.removeprefix(HUB).partition("@")
-    if not dataset:
-        raise TransferError(f"{ref!r} names no dataset.", "Write hub:<owner>/<dataset>@<revision>.")
-    return dataset, revision or "main"
-
-
-def _hub(dataset: str, revision: str, config: str | None, split: str) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise TransferError(
-            f"Reading {dataset} from the Hub needs `datasets`.", "Run `pip install datasets`."
-        ) from None
-    try:
-        return load_dataset(dataset, config, split=split, revision=revision)
-    except Exception as error:  # noqa: BLE001 - any of a dozen network and Hub errors; one sentence for all
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        raise TransferError(
-            f"Cannot load {dataset}@{revision} (split {split!r}) from the Hub: {type(error).__name__}: {reason}.",
-            "Check the name and the network, or download it and pass the file.",
-        ) from None
-
-
-def _hub_rows(ref: str, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    for number, row in enumerate(dataset, start=1):
-        yield f"{ref} row {number}", dict(row)

@@ -16,6 +16,7 @@ from transfer.trainers import (
     load_trained,
     loss_curve,
     read_record,
+    revision,
     save_trained,
     scratch,
     trainable,
@@ -86,6 +87,7 @@ def finetune(
         curve=curve,
         seconds=time.monotonic() - start,
         n_truncated=n_truncated,
+        base_revision=revision(backbone.language),
     )
     if out is not None:
         save_trained(model, run, recipe, Path(out))
@@ -109,7 +111,7 @@ def _train_body(
 ) -> tuple[Any, tuple[float, ...], int]:
     import torch
 
-    model = body.fresh(seed)
+    model = body.fresh(seed, frozen=recipe.kind == "lora")
     model = with_adapters(model, recipe, "SEQ_CLS") if recipe.kind == "lora" else model.requires_grad_(True)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -195,5 +197,5 @@ def load_classifier(base: str | Backbone, folder: Path) -> Classifier:
 
     backbone = load_backbone(base) if isinstance(base, str) else base
     recipe, _ = read_record(Path(folder), backbone.ref, backbone.hash)
-    model = load_trained(lambda: backbone.body(recipe.layers).fresh(0), recipe, Path(folder))
+    model = load_trained(lambda: backbone.body(recipe.layers).fresh(0, recipe.kind != "full"), recipe, Path(folder))
     return _classifier(model, backbone, recipe)

@@ -13,7 +13,8 @@ from transfer.core import stats
 from transfer.core.config import Experiment
 from transfer.core.files import plain, read_json
 from transfer.core.outcomes import EvalResult, FinetuneRun
-from transfer.matrix import CellResult, grid_task
+from transfer.matrix import CellResult
+from transfer.tasks import grid_task
 
 QUALITIES = ("heldout_corr", "verified", "n_features")
 """Of an alignment, as far as one cell uses it: mean held-out correlation of the matches of the features that its texts
@@ -66,7 +67,7 @@ def tables(
         qualities: Held-out correlation of matches, by source and target, then by feature pair.
         experiment: Configuration.
     """
-    metric = grid_task(experiment.tune.task, positive=experiment.data.positive).metrics[0]
+    metric = grid_task(experiment.tune, experiment.data.positive).metrics[0]
     rows = [r for r in numbers["transfer"] if r["metric"] == metric]
     records = read_json(datasets / "datasets.json")
     names = {r["model"]: name for r, name in zip(numbers["room"], experiment.models, strict=True)}

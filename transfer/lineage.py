@@ -70,22 +70,6 @@ def write_jsonl(run: SynthesisRun, path: Path) -> None:
             lines.write(json.dumps(plain(dataclasses.asdict(c)), ensure_ascii=False, sort_keys=True) + "\n")
 
 
-def read_jsonl(path: Path) -> list[Candidate]:
-    """What ``write_jsonl`` wrote.
-
-    Raises:
-        TransferError: When a line is broken or holds no candidate.
-    """
-    found = []
-    with Path(path).open(encoding="utf8", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                found.append(Candidate(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise TransferError(f"{path} line {number} is no candidate ({error}).") from None
-    return found
-
-
 def write_parquet(run: SynthesisRun, path: Path, *, kept: bool = False) -> int:
     """Candidates as parquet, atomically; returns their number.
 

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import get_args
 
 from transfer.core.config import Arm
 from transfer.core.console import progress, say
@@ -23,7 +23,6 @@ from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus
 from transfer.core.workers import Workers
 from transfer.finetune import Recipe, data_hash
-from transfer.tasks import get_task
 from transfer.tasks.base import Example, Task
 
 ARMS: tuple[str, ...] = get_args(Arm)
@@ -141,26 +140,6 @@ class CellResult:
             if result.metric == metric:
                 return result.value
         raise TransferError(f"No metric {metric!r}.", f"This grid has {', '.join(e.metric for e in self.evals)}.")
-
-
-def grid_task(name: str, **options: Any) -> Task:
-    """The task of a grid, whose training examples are single labelled texts.
-
-    Raises:
-        TransferError: For an unknown task, or one that trains on something else.
-    """
-    task = get_task(name)
-    fields = {f.name for f in dataclasses.fields(cast(Any, task)) if f.init}
-    if "positive" not in fields:
-        raise TransferError(
-            f"The grid cannot run the task {name!r} yet: its arms write single texts with a label, and this task "
-            "detects none.",
-            "Use intent or toxicity, or a task of your own with an option `positive`.",
-        )
-    # Corpora have been read by now: the other label is whatever stands beside the positive one.
-    if "negative" in fields and "positive" in options:
-        options = {"negative": "", **options}
-    return get_task(name, **options)
 
 
 def cell_key(cell: Cell, base_hash: str, evaluation: Corpus, task: Task) -> str:

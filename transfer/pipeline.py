@@ -34,9 +34,10 @@ from transfer.details import details
 from transfer.finetune import get_recipe
 from transfer.gathered import STAGES, numbers_of
 from transfer.judging import judge_inputs
-from transfer.matrix import FailedCells, grid_task
+from transfer.matrix import FailedCells
 from transfer.safety import check_allowed
 from transfer.splits import check_corpora, load_corpora
+from transfer.tasks import get_task, grid_task
 
 LIBRARIES = ("models.language", "transfer.classifier", "peft", "transformers.trainer", "sklearn.metrics")
 """What worker processes write and train with."""
@@ -55,7 +56,7 @@ class Pipeline:
         # Names that only the last stages use are checked now, not after minutes of work.
         for recipe in experiment.tune.recipes:
             get_recipe(recipe)
-        grid_task(experiment.tune.task, positive=experiment.data.positive)
+        get_task(experiment.tune.task)
         DeltaRule.parse(experiment.cover.delta)
         self.experiment = experiment
         self.command = command
@@ -96,6 +97,8 @@ class Pipeline:
                 section.model,
                 section.sae,
                 section.layer,
+                dtype=section.dtype,
+                device=section.device,
                 codes=self.experiment.harvest.codes,
                 skip=self.experiment.harvest.skip,
             )
@@ -369,9 +372,11 @@ class Pipeline:
         rank = STAGES.index(until)
         if until == "align" and len(self.experiment.models) < 2:
             raise TransferError("An alignment needs two models, the experiment has one.", "Add one under `models`.")
+        task = grid_task(self.experiment.tune, self.experiment.data.positive) if rank >= 4 else None
         corpora = self.corpora
         if rank >= 2:
-            check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4)
+            labelled = self.experiment.judge.kind == "statistical"
+            check_corpora(corpora, self.experiment.data.positive, evaluate=rank >= 4, labelled=labelled)
             large = [n for n in self.experiment.tune.dose if n >= len(corpora["seed"])]
             if large:
                 raise TransferError(
@@ -379,8 +384,8 @@ class Pipeline:
                 )
         if rank >= 3:
             check_allowed(self.experiment)
-        if rank >= 4:
-            grid_task(self.experiment.tune.task, positive=self.experiment.data.positive).examples(corpora["evaluation"])
+        if task is not None:
+            task.examples(corpora["evaluation"])
         _ = self.adapters
 
     def run(self, until: str = "run") -> dict[str, Any]:

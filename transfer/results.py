@@ -16,7 +16,7 @@ from transfer.core.files import read_json
 from transfer.core.outcomes import TransferResult
 from transfer.core.store import ActivationStore
 from transfer.gains import load_cells
-from transfer.matrix import grid_task
+from transfer.tasks import grid_task
 
 CONTROL_TEXTS = {
     "random": "random features",
@@ -42,7 +42,7 @@ def transfer_table(folder: Path, experiment: Experiment, room: list[dict[str, An
         room: See ``transfer.gains.room``.
     """
     cells = load_cells(folder / "grid.json")
-    task = grid_task(experiment.tune.task, positive=experiment.data.positive)
+    task = grid_task(experiment.tune, experiment.data.positive)
     headline = task.metrics[0]
     metrics = list(dict.fromkeys(e.metric for c in cells for e in c.evals))
     rows = [row for metric in metrics for row in summarise(cells, task.name, metric)]
@@ -64,7 +64,7 @@ def theory(numbers: dict[str, Any], cells: Path, diversity: Path, experiment: Ex
         diversity: Folder of the stage ``diversity``.
         experiment: Configuration.
     """
-    headline = grid_task(experiment.tune.task, positive=experiment.data.positive).metrics[0]
+    headline = grid_task(experiment.tune, experiment.data.positive).metrics[0]
     entropies = read_json(diversity / "entropy.json")
     weights = {(c.target, c.recipe): c.run.n_trainable for c in load_cells(cells / "grid.json")}
     largest = {t: max(n for (other, _), n in weights.items() if other == t) for t, _ in weights}

@@ -151,8 +151,14 @@ def _with_facets(texts: list[Text], n: int, seed: int) -> list[Text]:
     return [dataclasses.replace(t, topic=f"facet {k}") for t, k in zip(texts, found.tolist(), strict=True)]
 
 
-def check_corpora(corpora: Mapping[str, Corpus], positive: str, *, evaluate: bool) -> None:
+def check_corpora(corpora: Mapping[str, Corpus], positive: str, *, evaluate: bool, labelled: bool = True) -> None:
     """Refuse data that coverage (and with ``evaluate`` fine-tuning) cannot work with, before any work is done.
+
+    Args:
+        corpora: By split.
+        positive: The label to detect.
+        evaluate: Whether classifiers are trained and judged.
+        labelled: Whether labels say which features are relevant; a language model that judges needs none.
 
     Raises:
         TransferError: For a missing split, or labels other than two with ``positive`` among them.
@@ -164,6 +170,8 @@ def check_corpora(corpora: Mapping[str, Corpus], positive: str, *, evaluate: boo
                 f"Name them in data.{split}, or give the data a split column with the value {split!r}.",
             )
     for split in ("anchor", "evaluation") if evaluate else ("anchor",):
+        if not (evaluate or labelled or any(t.label for t in corpora[split])):
+            continue
         labels = sorted({t.label for t in corpora[split]})
         if len(labels) != 2 or positive not in labels:
             raise TransferError(

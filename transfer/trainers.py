@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import importlib
 import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transfer.core.errors import TransferError
 from transfer.core.files import load_arrays, read_json, save_arrays, write_json
@@ -96,18 +98,68 @@ def loss_curve(trainer: Any, what: str, recipe: Recipe) -> tuple[float, ...]:
     return curve
 
 
+def train_with_trl(
+    kind: Literal["Reward", "SFT"],
+    model: Any,
+    rows: list[dict[str, Any]],
+    recipe: Recipe,
+    seed: int,
+    *,
+    tokenizer: Any,
+    what: str,
+    collate: Callable[..., Any] | None = None,
+    **settings: Any,
+) -> tuple[float, ...]:
+    """Train by TRL's ``<kind>Trainer``; the mean loss of each epoch.
+
+    Args:
+        kind: Which trainer.
+        model: What is trained, adapters in place.
+        rows: The training set; no row is left out for its length.
+        recipe: How to train.
+        seed: Seeds dropout and data order.
+        tokenizer: Copied, because TRL sets its pad token.
+        what: For messages.
+        collate: Makes a batch; TRL's own where none is given.
+        settings: Further fields of ``<kind>Config``.
+
+    Raises:
+        TransferError: Without TRL, and as ``loss_curve``.
+    """
+    try:
+        from datasets import Dataset
+
+        module = f"trl.trainer.{kind.lower()}"
+        config = getattr(importlib.import_module(f"{module}_config"), f"{kind}Config")
+        trainer = getattr(importlib.import_module(f"{module}_trainer"), f"{kind}Trainer")
+    except ImportError:
+        raise TransferError(f"Training {what} needs TRL.", "Run `pip install cross-model-transfer[train]`.") from None
+    with scratch() as folder:
+        args = config(**arguments(recipe, len(rows), seed, model.device, folder), max_length=None, **settings)
+        data = Dataset.from_list(rows)
+        extra = {} if collate is None else {"data_collator": collate}
+        made = trainer(model=model, args=args, train_dataset=data, processing_class=copy.deepcopy(tokenizer), **extra)
+        return loss_curve(made, what, recipe)
+
+
+def revision(language: Any) -> str:
+    """The commit that a base was loaded from on the Hub; empty for files."""
+    return str(getattr(language.model.config, "_commit_hash", None) or "")
+
+
 def trainable(model: torch.nn.Module) -> int:
     """Trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def with_adapters(model: torch.nn.Module, recipe: Recipe, task_type: str) -> Any:
+def with_adapters(model: torch.nn.Module, recipe: Recipe, task_type: str, layers: Sequence[int] | None = None) -> Any:
     """The model under PEFT's LoRA adapters.
 
     Args:
         model: A transformers model; it is changed.
         recipe: Rank, alpha and dropout.
         task_type: PEFT's name: ``SEQ_CLS`` also trains and saves ``score``, ``CAUSAL_LM`` adapters alone.
+        layers: Decoder layers that get adapters; all when left out.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -117,6 +169,7 @@ def with_adapters(model: torch.nn.Module, recipe: Recipe, task_type: str) -> Any
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=list(LORA_TARGETS),
+        layers_to_transform=None if layers is None else list(layers),
     )
     with _peft_quiet():
         return get_peft_model(model, config)  # type: ignore[arg-type]

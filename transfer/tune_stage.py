@@ -115,12 +115,13 @@ def tune(
         FailedCells: When some failed; both files then hold the others.
     """
     from transfer.finetune import get_recipe
-    from transfer.matrix import Cell, FailedCells, grid_task, run_cells, write_examples
+    from transfer.matrix import Cell, FailedCells, run_cells, write_examples
+    from transfer.tasks import grid_task
     from transfer.tasks.intent import unseen_topics
 
     evaluation = corpora["evaluation"]
     unseen = unseen_topics(corpora["seed"], evaluation)
-    task = grid_task(experiment.tune.task, positive=experiment.data.positive, unseen=unseen)
+    task = grid_task(experiment.tune, experiment.data.positive, unseen=unseen)
     references = {name: adapter.space.model for name, adapter in adapters.items()}
     cells, doses = [], set()
     for record in read_json(folder / "datasets.json"):

@@ -69,10 +69,10 @@ def make_chat(settings: SynthSection) -> ChatModel:
     """
     ref = settings.chat
     if ref.startswith("local:"):
-        from models.language import LanguageModel
+        from models.language import kept_language
         from models.local_chat import LocalChat
 
-        return LocalChat(LanguageModel.load(ref.removeprefix("local:")))
+        return LocalChat(kept_language(ref.removeprefix("local:")))
     address, _, model = ref.partition("#")
     if not address.startswith(("http://", "https://")) or not model:
         raise TransferError(

@@ -22,10 +22,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelSection(Section):
-    """One model with its SAE."""
+class BaseSection(Section):
+    """One model, and how it is loaded."""
 
     model: str = Field(description="Model reference: zoo:<name>, path:<folder> or hub:<org/name>@<revision>.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the weights; what is fine-tuned is float32 (see the recipe's own dtype)."
+    )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:<number>.")
+
+
+class ModelSection(BaseSection):
+    """One model with its SAE."""
+
     sae: str = Field(description="SAE reference: zoo:<name>/<folder>, path:<folder or .pth>, saelens:<release>/<id>.")
     layer: int | None = Field(
         None, description="hidden_states index the SAE reads; from the SAE's metadata if left out."
@@ -252,6 +261,12 @@ class TuneSection(Section):
     )
     recipes: tuple[str, ...] = Field(("head",), min_length=1, description="head, lora, paper-head, paper-lora.")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=3)
+    train: str | None = Field(None, description="Training data of a task that is trained on its own: a file or hub:….")
+    evaluation: str | None = Field(None, description="What that task is judged on.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of that task, such as layers of steering or ifeval of instruction."
+    )
+    base: BaseSection | None = Field(None, description="What that task trains, where it is none of `models`.")
 
     @model_validator(mode="after")
     def _no_repeats(self) -> TuneSection:

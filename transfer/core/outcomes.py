@@ -229,6 +229,8 @@ class FinetuneRun:
     seconds: float
     n_truncated: int = 0
     """Texts cut to the recipe's token limit."""
+    base_revision: str = ""
+    """Commit on the Hub that was loaded, where ``base`` may name a branch; empty for files."""
 
     def __post_init__(self) -> None:
         if self.n_tokens <= 0 or self.n_trainable <= 0:

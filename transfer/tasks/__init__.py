@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import importlib
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
+from transfer.core.config import TuneSection
 from transfer.core.errors import TransferError
 from transfer.tasks.base import Task
 from transfer.tasks.instruction import Instruction
@@ -36,10 +37,39 @@ def get_task(name: str, **options: Any) -> Task:
     """
     task: Any = TASKS[name] if name in TASKS else _foreign(name)
     known = [f.name for f in dataclasses.fields(task) if f.init]
+    if not {"positive", "unseen"}.isdisjoint(options) and "positive" not in known:
+        # The grid passes these for every task; the reader of the message never wrote them.
+        raise TransferError(
+            f"Task {name!r} has no class to detect, and the grid trains classifiers only.",
+            "Train it on its own with `transfer tune task`, or set tune.task to intent or toxicity.",
+        )
     for option in options:
         if option not in known:
             raise TransferError(f"Task {name!r} has no option {option!r}.", _did_you_mean(option, known))
     return dataclasses.replace(task, **options)
+
+
+def grid_task(tune: TuneSection, positive: str, **options: Any) -> Task:
+    """The task of an experiment's grid, whose training examples are single labelled texts.
+
+    The other label is whatever stands beside the positive one in the experiment's data.
+
+    Args:
+        tune: The section.
+        positive: The label to detect.
+        options: More fields of the task.
+
+    Raises:
+        TransferError: As ``get_task``, or for settings that only a task trained on its own reads.
+    """
+    task = get_task(tune.task, positive=positive, **options)
+    unread = [name for name in ("train", "evaluation", "options", "base") if getattr(tune, name)]
+    if unread:
+        raise TransferError(
+            f"The grid does not read tune.{unread[0]}: it trains and judges on the experiment's own texts.",
+            f"Remove it, or train {tune.task!r} on its own with `transfer tune task`.",
+        )
+    return dataclasses.replace(cast(Any, task), negative="") if hasattr(task, "negative") else task
 
 
 def _foreign(name: str) -> Any:

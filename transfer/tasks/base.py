@@ -105,8 +105,10 @@ class Task(Protocol[D, X]):
         """Training examples from data."""
         ...
 
-    def fit(self, base: Any, examples: list[X], recipe: Recipe, seed: int) -> tuple[Any, FinetuneRun]:
-        """Train one model."""
+    def fit(
+        self, base: Any, examples: list[X], recipe: Recipe, seed: int, out: Path | None = None
+    ) -> tuple[Any, FinetuneRun]:
+        """Train one model, and keep what was trained in the folder ``out`` where one is named."""
         ...
 
     def evaluate(self, model: Any, corpus: D, out_file: Path) -> list[EvalResult]:
@@ -115,6 +117,15 @@ class Task(Protocol[D, X]):
 
     def weighted(self, metric: str) -> WeightedMetric | None:
         """The metric under example weights, for bootstraps; None where it has no such form."""
+        ...
+
+
+@runtime_checkable
+class Restorable(Protocol):
+    """A task whose trained models can be opened again; all of this package's are."""
+
+    def restore(self, base: Any, folder: Path) -> Any:
+        """The model whose trained part ``fit`` kept in ``folder``."""
         ...
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 from transfer.tasks.base import Examples
-from transfer.tasks.rows import identity, read_rows
+from transfer.tasks.rows import identity, name_of, read_rows
 
 _OPTION = re.compile(r"(?:^|\n)[ \t]*\(([A-Z])\)[ \t]*")
 _LETTER = re.compile(r"\(?([A-Z])\)?")
@@ -58,6 +58,7 @@ def _words(question: str) -> dict[str, str]:
 _COLUMNS = (
     ("question", "answer_matching_behavior", "answer_not_matching_behavior"),
     ("prompt", "correct", "incorrect"),
+    ("prompt", "chosen", "rejected"),
 )
 
 
@@ -65,7 +66,8 @@ def load_choices(path: Path | str) -> Examples[Choice]:
     """Questions of a ``.json``, ``.jsonl`` or ``.jsonl.xz`` file.
 
     Columns are CAA's (``question``, ``answer_matching_behavior``, ``answer_not_matching_behavior``) or those of its
-    knowledge sets (``prompt``, ``correct``, ``incorrect``); answers are letters as in ``(A)``.
+    knowledge sets (``prompt``, ``correct``, ``incorrect``), or ``prompt``, ``chosen``, ``rejected`` as ``synth export``
+    writes them for TRL; answers are letters as in ``(A)``.
 
     Returns:
         The questions. Left out and counted are those without two lettered answers in the text, those whose answer is
@@ -88,8 +90,8 @@ def load_choices(path: Path | str) -> Examples[Choice]:
             rows.append(found)
     if not rows:
         raise TransferError(f"{path} holds no question with lettered answers (left out: {dict(left_out)}).")
-    name = Path(path).name if Path(path).stem not in ("generate", "test_dataset_ab") else Path(path).parent.name
-    return Examples(name, tuple(rows), dict(sorted(left_out.items())))
+    generic = Path(path).stem in ("generate", "generate_dataset", "test_dataset_ab")  # CAA's names for every behaviour
+    return Examples(Path(path).parent.name if generic else name_of(path), tuple(rows), dict(sorted(left_out.items())))
 
 
 def _choice(where: str, row: dict[str, Any]) -> Choice | str:
@@ -99,7 +101,7 @@ def _choice(where: str, row: dict[str, Any]) -> Choice | str:
             f"{where} is no question with two answers: its columns are {', '.join(sorted(row))}.",
             f"Name them {', '.join(_COLUMNS[0])}.",
         )
-    question, *answers = (str(row[name]) for name in names)
+    question, *answers = (_said(row[name]) for name in names)
     letters = [m[1] for m in _OPTION.finditer(question)]
     if len(letters) < 2:
         return "no lettered answers"
@@ -110,3 +112,8 @@ def _choice(where: str, row: dict[str, Any]) -> Choice | str:
         return "answer is none of the letters"
     matching, other = (m[1] for m in found if m)
     return Choice(identity(row, question), question, matching, other)
+
+
+def _said(value: Any) -> str:
+    """Words, or those of a message alone in its list."""
+    return str(value[0]["content"]) if isinstance(value, list) and value and isinstance(value[0], dict) else str(value)

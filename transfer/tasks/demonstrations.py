@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 from transfer.tasks.base import Examples
-from transfer.tasks.rows import identity, read_rows
+from transfer.tasks.rows import identity, name_of, read_rows
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -61,7 +61,7 @@ def load_demonstrations(path: Path | str) -> Examples[Demonstration]:
             rows.append(made)
     if not rows:
         raise TransferError(f"{path} holds no demonstration (left out: {dict(left_out) or 'nothing'}).")
-    return Examples(Path(path).name, tuple(rows), dict(sorted(left_out.items())))
+    return Examples(name_of(path), tuple(rows), dict(sorted(left_out.items())))
 
 
 def _read(where: str, row: dict[str, Any]) -> tuple[tuple[tuple[str, str], ...], str]:

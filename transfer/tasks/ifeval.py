@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from transfer.core.errors import TransferError
 from transfer.tasks.base import Examples
-from transfer.tasks.rows import read_rows
+from transfer.tasks.rows import name_of, read_rows
 
 Arguments = Mapping[str, Any]
 
@@ -166,7 +166,7 @@ def load_ifeval(path: Path | str) -> Examples[Prompt]:
         rows.append(prompt)
     if not rows:
         raise TransferError(f"{path} has no rows.")
-    return Examples(Path(path).name, tuple(rows))
+    return Examples(name_of(path), tuple(rows))
 
 
 def _variants(response: str) -> list[str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Instruction:
     """Supervised fine-tuning judged on held-out answers and, where a file is named, on IFEval.
 
-    Win rates need a judge: see ``transfer.tasks.winrate``.
+    Win rates need a judge: see ``transfer eval answers``.
     """
 
     ifeval: str = ""
@@ -44,11 +44,19 @@ class Instruction:
         """Every demonstration."""
         return list(corpus.rows)
 
-    def fit(self, base: Any, examples: list[Demonstration], recipe: Recipe, seed: int) -> tuple[Tuned, FinetuneRun]:
+    def fit(
+        self, base: Any, examples: list[Demonstration], recipe: Recipe, seed: int, out: Path | None = None
+    ) -> tuple[Tuned, FinetuneRun]:
         """Fine-tune; see ``transfer.tasks.sft.train_sft``."""
         from transfer.tasks.sft import train_sft
 
-        return train_sft(base, examples, recipe, seed)
+        return train_sft(base, examples, recipe, seed, out)
+
+    def restore(self, base: Any, folder: Path) -> Tuned:
+        """See ``transfer.tasks.sft.load_sft``."""
+        from transfer.tasks.sft import load_sft
+
+        return load_sft(base, folder)
 
     def evaluate(self, model: Tuned, corpus: Examples[Demonstration], out_file: Path) -> list[EvalResult]:
         """``log_likelihood`` of held-out answers in nats a byte (higher is better), and IFEval accuracies.

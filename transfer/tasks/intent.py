@@ -68,11 +68,19 @@ class Intent:
             )
         return [(t.text, int(t.label == self.positive)) for t in corpus]
 
-    def fit(self, base: Any, examples: list[Example], recipe: Recipe, seed: int) -> tuple[Any, FinetuneRun]:
+    def fit(
+        self, base: Any, examples: list[Example], recipe: Recipe, seed: int, out: Path | None = None
+    ) -> tuple[Any, FinetuneRun]:
         """Fine-tune a sequence classifier; see ``transfer.finetune.finetune``."""
         from transfer.finetune import finetune
 
-        return finetune(base, examples, recipe, seed)
+        return finetune(base, examples, recipe, seed, out)
+
+    def restore(self, base: Any, folder: Path) -> Any:
+        """See ``transfer.finetune.load_classifier``."""
+        from transfer.finetune import load_classifier
+
+        return load_classifier(base, folder)
 
     def evaluate(self, model: Predictor, corpus: Corpus, out_file: Path) -> list[EvalResult]:
         """AUPRC and AUROC of the positive probability, on all texts and on those of unseen topics.

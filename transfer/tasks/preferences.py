@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 from transfer.tasks.base import Examples
-from transfer.tasks.rows import identity, read_rows
+from transfer.tasks.rows import identity, name_of, read_rows
 
 Turn = tuple[str, str]
 """(role, words)."""
@@ -100,7 +100,7 @@ def load_pairs(path: Path | str) -> Examples[Pair]:
         rows.append(Pair(identity(row, *pair), *pair, section, subset))
     if not rows:
         raise TransferError(f"{path} holds no preference pair (left out: {dict(left_out) or 'nothing'}).")
-    return Examples(Path(path).name, tuple(rows), dict(sorted(left_out.items())))
+    return Examples(name_of(path), tuple(rows), dict(sorted(left_out.items())))
 
 
 _Found = tuple[tuple[Turn, ...], str, str] | str

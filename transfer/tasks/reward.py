@@ -51,11 +51,19 @@ class Reward:
         """Every pair."""
         return list(corpus.rows)
 
-    def fit(self, base: Any, examples: list[Pair], recipe: Recipe, seed: int) -> tuple[Any, FinetuneRun]:
+    def fit(
+        self, base: Any, examples: list[Pair], recipe: Recipe, seed: int, out: Path | None = None
+    ) -> tuple[Any, FinetuneRun]:
         """Train a reward model; see ``transfer.tasks.reward_model.train_reward``."""
         from transfer.tasks.reward_model import train_reward
 
-        return train_reward(base, examples, recipe, seed)
+        return train_reward(base, examples, recipe, seed, out)
+
+    def restore(self, base: Any, folder: Path) -> Any:
+        """See ``transfer.tasks.reward_model.load_reward``."""
+        from transfer.tasks.reward_model import load_reward
+
+        return load_reward(base, folder)
 
     def evaluate(self, model: Rewarder, corpus: Examples[Pair], out_file: Path) -> list[EvalResult]:
         """Pair accuracy over all pairs, the mean of the sections, and each section.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -21,12 +20,11 @@ from transfer.tasks.base import template_hash
 from transfer.tasks.chats import chat_ids
 from transfer.tasks.preferences import Pair
 from transfer.trainers import (
-    arguments,
     load_trained,
-    loss_curve,
     read_record,
+    revision,
     save_trained,
-    scratch,
+    train_with_trl,
     trainable,
     with_adapters,
 )
@@ -58,12 +56,16 @@ class RewardBackbone(Backbone):
         return rows, cut
 
 
-@lru_cache(maxsize=1)
 def load_reward_backbone(ref: str) -> RewardBackbone:
     """The backbone of a typed model reference; the last one stays in memory."""
     from models.language import kept_language
 
-    return RewardBackbone(kept_language(ref), ref)
+    return _backbone(kept_language(ref), ref)
+
+
+@lru_cache(maxsize=1)
+def _backbone(language: Any, ref: str) -> RewardBackbone:
+    return RewardBackbone(language, ref)
 
 
 class RewardModel(Classifier):
@@ -134,6 +136,7 @@ def train_reward(
         curve=curve,
         seconds=time.monotonic() - start,
         n_truncated=n_truncated,
+        base_revision=revision(backbone.language),
     )
     seen = frozenset(pair.key for pair in pairs)
     if out is not None:
@@ -148,17 +151,8 @@ def _bradley_terry(score: torch.nn.Module, chosen: torch.Tensor, rejected: torch
 def _train(
     backbone: RewardBackbone, rows: list[list[int]], recipe: Recipe, seed: int
 ) -> tuple[Any, tuple[float, ...], int]:
-    try:
-        from datasets import Dataset
-        from trl.trainer.reward_config import RewardConfig
-        from trl.trainer.reward_trainer import RewardTrainer
-    except ImportError:
-        raise TransferError(
-            "Training a reward model needs TRL.", "Run `pip install cross-model-transfer[train]`, or use a head recipe."
-        ) from None
-
     body = backbone.body(recipe.layers)
-    model = body.fresh(seed)
+    model = body.fresh(seed, frozen=recipe.kind == "lora")
     model = with_adapters(model, recipe, "SEQ_CLS") if recipe.kind == "lora" else model.requires_grad_(True)
     items = body.items(rows)
 
@@ -167,24 +161,19 @@ def _train(
         return body.pad_batch([items[x[side][0]] for side in ("chosen_ids", "rejected_ids") for x in batch])
 
     # The conversations' numbers stand for their tokens: what a recipe trains may start above the embedding.
-    data = Dataset.from_dict({f"{side}_ids": [[i] for i in range(k, len(rows), 2)] for k, side in enumerate(_SIDES)})
-    with scratch() as folder:
-        args = RewardConfig(
-            **arguments(recipe, len(rows) // 2, seed, backbone.device, folder),
-            max_length=None,  # it would leave long pairs out
-            disable_dropout=False,  # it would switch the adapters' dropout off
-        )
-        trainer = RewardTrainer(
-            model=model,
-            args=args,
-            train_dataset=data,
-            data_collator=collate,  # type: ignore[arg-type]
-            processing_class=copy.deepcopy(backbone.language.tokenizer),  # it sets the pad token
-        )
-        return model, loss_curve(trainer, backbone.ref, recipe), trainable(model)
-
-
-_SIDES = ("chosen", "rejected")
+    pairs = [{"chosen_ids": [i], "rejected_ids": [i + 1]} for i in range(0, len(rows), 2)]
+    curve = train_with_trl(
+        "Reward",
+        model,
+        pairs,
+        recipe,
+        seed,
+        tokenizer=backbone.language.tokenizer,
+        what=backbone.ref,
+        collate=collate,
+        disable_dropout=False,  # it would switch the adapters' dropout off
+    )
+    return model, curve, trainable(model)
 
 
 def load_reward(base: str | RewardBackbone, folder: Path) -> RewardModel:
@@ -195,5 +184,5 @@ def load_reward(base: str | RewardBackbone, folder: Path) -> RewardModel:
     """
     backbone = load_reward_backbone(base) if isinstance(base, str) else base
     recipe, record = read_record(Path(folder), backbone.ref, backbone.hash)
-    model = load_trained(lambda: backbone.body(recipe.layers).fresh(0), recipe, Path(folder))
+    model = load_trained(lambda: backbone.body(recipe.layers).fresh(0, recipe.kind != "full"), recipe, Path(folder))
     return RewardModel(model, backbone, recipe, frozenset(record["seen"]))

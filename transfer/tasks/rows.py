@@ -11,14 +11,18 @@ from typing import Any
 from transfer.core.errors import TransferError
 from transfer.core.files import read_json
 from transfer.core.keys import digest
+from transfer.hub import HUB, hub_rows, load_hub, parse_hub
 
 
 def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a ``.jsonl``, ``.jsonl.xz`` or ``.json`` file (a list), each with where it stands.
+    """Objects of a ``.jsonl``, ``.jsonl.xz`` or ``.json`` file (a list) or of ``hub:…``, each with where it stands.
 
     Raises:
         TransferError: For a missing or broken file, or a row that is no object.
     """
+    if str(path).startswith(HUB):
+        yield from hub_rows(str(path), load_hub(str(path)))
+        return
     path = Path(path)
     if not path.is_file():
         raise TransferError(f"{path} does not exist or is no file.", "Check the path.")
@@ -51,3 +55,8 @@ def identity(row: dict[str, Any], *parts: Any) -> str:
     """A row's ``id`` where it has one, else a hash of what it says."""
     own = row.get("id")
     return str(own) if own not in (None, "") else digest(list(parts), 12)
+
+
+def name_of(path: Path | str) -> str:
+    """What a set is called in messages: its file's name, or the data set on the Hub."""
+    return parse_hub(str(path)).dataset if str(path).startswith(HUB) else Path(path).name

@@ -19,17 +19,16 @@ from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 from transfer.core.outcomes import FinetuneRun
 from transfer.finetune import data_hash
-from transfer.recipes import Recipe
+from transfer.recipes import Recipe, upper_layers
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import answer_ids, written
 from transfer.tasks.demonstrations import Demonstration
 from transfer.trainers import (
-    arguments,
     load_trained,
-    loss_curve,
     read_record,
+    revision,
     save_trained,
-    scratch,
+    train_with_trl,
     trainable,
     with_adapters,
 )
@@ -161,6 +160,7 @@ def train_sft(
         curve=curve,
         seconds=time.monotonic() - start,
         n_truncated=n_truncated,
+        base_revision=revision(language),
     )
     seen = frozenset(shown.key for shown in demonstrations)
     if out is not None:
@@ -181,23 +181,12 @@ def _fresh(language: LanguageModel, recipe: Recipe) -> Any:
 def _train(
     language: LanguageModel, rows: list[dict[str, list[int]]], recipe: Recipe, seed: int
 ) -> tuple[Any, tuple[float, ...]]:
-    try:
-        from datasets import Dataset
-        from trl.trainer.sft_config import SFTConfig
-        from trl.trainer.sft_trainer import SFTTrainer
-    except ImportError:
-        raise TransferError(
-            "Supervised fine-tuning needs TRL.", "Run `pip install cross-model-transfer[train]`."
-        ) from None
-
     model = _fresh(language, recipe)
     if recipe.kind == "lora":
-        model = with_adapters(model, recipe, "CAUSAL_LM")
-    with scratch() as folder:
-        args = SFTConfig(**arguments(recipe, len(rows), seed, language.device, folder), max_length=None)
-        tokenizer = copy.deepcopy(language.tokenizer)  # it sets the pad token
-        trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        return model, loss_curve(trainer, language.ref, recipe)
+        layers = upper_layers(language.n_layers) if recipe.layers == "upper" else None
+        model = with_adapters(model, recipe, "CAUSAL_LM", layers)
+    curve = train_with_trl("SFT", model, rows, recipe, seed, tokenizer=language.tokenizer, what=language.ref)
+    return model, curve
 
 
 def _tuned(language: LanguageModel, model: Any, recipe: Recipe, seen: frozenset[str], data: str) -> Tuned:

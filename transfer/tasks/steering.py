@@ -60,6 +60,8 @@ class Steering:
     metrics: tuple[str, ...] = field(default=("scr", "log_odds_shift"), init=False)
 
     def __post_init__(self) -> None:
+        for name in ("layers", "multipliers", "neutral"):  # lists, where a configuration gives them
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not {-1.0, 1.0} <= set(self.multipliers):
             raise TransferError("The Steering Control Rate compares the multipliers -1 and 1.", "Add both.")
 
@@ -71,11 +73,13 @@ class Steering:
         """Every question."""
         return list(corpus.rows)
 
-    def fit(self, base: Any, examples: list[Choice], recipe: Recipe, seed: int) -> tuple[Steered, FinetuneRun]:
+    def fit(
+        self, base: Any, examples: list[Choice], recipe: Recipe, seed: int, out: Path | None = None
+    ) -> tuple[Steered, FinetuneRun]:
         """Find the vector; of the recipe only the name is kept, since no weight is trained."""
         from transfer.tasks.steering_vector import find_vector
 
-        return find_vector(
+        steered, run = find_vector(
             base,
             examples,
             layers=self.layers,
@@ -86,6 +90,16 @@ class Steering:
             matching=self.matching,
             recipe=recipe.name,
         )
+        if out is not None:
+            steered.save(out)
+        return steered, run
+
+    def restore(self, base: Any, folder: Path) -> Steered:
+        """See ``transfer.tasks.steering_vector.Steered.load``."""
+        from models.language import kept_language
+        from transfer.tasks.steering_vector import Steered
+
+        return Steered.load(kept_language(base) if isinstance(base, str) else base, folder)
 
     def evaluate(self, model: Steered, corpus: Examples[Choice], out_file: Path) -> list[EvalResult]:
         """Steering Control Rate and its parts, then the side effects.

@@ -23,6 +23,7 @@ from transfer.finetune import data_hash
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import written
 from transfer.tasks.choices import Choice
+from transfer.trainers import revision
 
 TOKEN_BUDGET = 8192
 BEHAVIOURS = {
@@ -255,5 +256,6 @@ def find_vector(
         seed=seed,
         curve=(),
         seconds=time.monotonic() - start,
+        base_revision=revision(language),
     )
     return steered, run

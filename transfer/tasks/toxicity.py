@@ -92,7 +92,6 @@ class Toxicity(Intent):
     """
 
     positive: str = TOXIC
-    negative: str = SAFE
     layout: str = "labels"
     """Key of ``FORMATS``."""
     name: str = field(default="toxicity", init=False)
