@@ -181,7 +181,9 @@ class Endpoint:
         if not isinstance(work.error, TransferError):
             raise work.error
         kept = "kept" if self.cache is not None else "lost (no cache)"
-        what = f"{work.error.args[0]} {n_answered} of {n} requests were answered and {kept}."
+        before = self.usage.n_answered - n_answered
+        more = f", after {before} before them" if before else ""
+        what = f"{work.error.args[0]} {n_answered} of {n} requests were answered and {kept}{more}."
         raise type(work.error)(what, work.error.hint) from None
 
     def _refuses_all(self) -> bool:

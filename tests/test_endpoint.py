@@ -174,6 +174,14 @@ def test_retries_are_bounded_and_the_error_says_what_was_kept(tmp_path: Path) ->
             assert stub.asked() == [f"text {i}" for i in range(3, 8)]
 
 
+def test_the_error_counts_the_answers_of_earlier_calls_too() -> None:
+    with serving(lambda body, n: words(body, n) if n <= 6 else (503, {}, b"overloaded")) as stub:
+        model = Endpoint(stub.url, "m", concurrency=1, retries=0)
+        model.complete(chats(4))
+        with pytest.raises(StageError, match=r"2 of 8 requests were answered and lost \(no cache\), after 4 before"):
+            model.complete(chats(8, seed=1))
+
+
 @pytest.mark.parametrize(
     ("status", "sentence"), [(401, "does not accept the key"), (403, "forbids"), (404, "no such address or model")]
 )
