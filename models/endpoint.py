@@ -65,6 +65,8 @@ class Endpoint:
         base_url: Address up to and without ``/chat/completions``, such as ``http://localhost:8000/v1``.
         model: The server's name of the model.
         cache: Where answers are kept; not at all when None.
+        served_by: Who answers, as the cache knows it: the address by default. A server that moves keeps its answers
+            under a name of its own.
         key_variable: Environment variable that holds the key; empty for none.
         concurrency: Requests in flight at most.
         retries: Further tries of one request.
@@ -88,6 +90,7 @@ class Endpoint:
         model: str,
         *,
         cache: AnswerCache | None = None,
+        served_by: str = "",
         key_variable: str = "",
         concurrency: int = 8,
         retries: int = 5,
@@ -110,6 +113,7 @@ class Endpoint:
             raise TransferError(f"The environment variable {key_variable} holds no key for {base_url}.", "Set it.")
         self.base_url = base_url.rstrip("/")
         self.model = model
+        self.served_by = served_by or self.base_url
         self.cache = cache
         self.concurrency = concurrency
         self.retries = retries
@@ -139,7 +143,7 @@ class Endpoint:
         todo: list[Chat] = []
         found: dict[Chat, Answer] = {}
         for chat in dict.fromkeys(chats):
-            kept = self.cache.get(self.name, chat) if self.cache is not None else None
+            kept = self.cache.get(self.name, chat, self.served_by) if self.cache is not None else None
             if kept is None:
                 todo.append(chat)
             else:
@@ -328,7 +332,7 @@ class Endpoint:
         """Count an answer, and write it down if it was paid for."""
         paid = answer.n_prompt + answer.n_written > 0 or answer.finish != "refused"
         if paid and self.cache is not None:
-            self.cache.put(self.name, chat, answer, self.account)
+            self.cache.put(self.name, chat, answer, self.account, self.served_by)
         with _counting:
             usage = self.usage
             usage.n_answered += answer.finish != "refused"

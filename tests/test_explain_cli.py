@@ -157,5 +157,10 @@ def test_only_what_decides_relevance_is_part_of_the_key(experiment: Path) -> Non
     assert inputs() == inputs("model=m") == {} != inputs("test=auroc")
     served = inputs("kind=endpoint", "model=m")
     assert served == inputs("kind=endpoint", "model=m", "concurrency=2", "max_tokens=9")
-    for change in ("model=n", "rubric=survival", "threshold=Yes", "spans=3"):
+    assert served == inputs("kind=endpoint", "model=m", "base_url=http://localhost:8000/v1/")
+    moved = inputs(
+        "kind=endpoint", "model=m", "base_url=http://localhost:8001/v1", "served_by=http://localhost:8000/v1"
+    )
+    assert served == moved
+    for change in ("model=n", "rubric=survival", "threshold=Yes", "spans=3", "base_url=http://localhost:8001/v1"):
         assert inputs("kind=endpoint", "model=m", change) != served

@@ -77,7 +77,8 @@ def _explained(
     """Run every judge on every model, write the files, and collect the numbers."""
     from models.cache import AnswerCache
     from models.judges import agreement
-    from transfer.judging import CACHE, chat_model
+    from transfer.asking import CACHE
+    from transfer.judging import chat_model
 
     experiment = pipeline.experiment
     out = pipeline.dir.path / "explain"

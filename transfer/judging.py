@@ -10,15 +10,13 @@ from models.chat import ChatModel
 from models.judges import ChatJudge
 from models.prompts import EXPLAIN, RELEVANCE, VERIFY
 from models.rubric import load_rubric
+from transfer.asking import CACHE, local_chat, served_chat
 from transfer.core.config import Experiment
 from transfer.core.errors import TransferError
 from transfer.core.space import FeatureSet
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.explain import judged_relevance
-
-CACHE = "answers.sqlite"
-"""File of all answers, beside the finished stages."""
 
 
 def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> ChatModel:
@@ -33,41 +31,22 @@ def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> 
     if not settings.model:
         raise TransferError(f"The judge {kind!r} needs a model.", "Name one with --set judge.model=….")
     if kind == "local":
-        from models.language import LanguageModel
-        from models.local_chat import LocalChat
-
-        language = LanguageModel.load(settings.model, dtype=settings.dtype, device=settings.device)
-        return LocalChat(language, batch_size=settings.batch, cache=cache)
-    from models.endpoint import Endpoint
-
-    return Endpoint(
-        settings.base_url,
-        settings.model,
-        cache=cache,
-        key_variable=settings.key_variable,
-        concurrency=settings.concurrency,
-        retries=settings.retries,
-        timeout=settings.timeout,
-        prices=(settings.price_prompt, settings.price_written),
-        max_cost=settings.max_cost,
-        max_tokens=settings.max_tokens,
-        account=experiment.name,
-        limit_field=settings.limit_field,
-        omit=settings.omit,
-    )
+        return local_chat(settings.model, settings, cache)
+    return served_chat(settings.base_url, settings.model, settings, cache, experiment.name)
 
 
 def judge_inputs(experiment: Experiment) -> dict[str, Any]:
     """What of the ``judge`` section decides which features are relevant, for a stage's key; nothing by default.
 
-    How an answer is fetched (address, concurrency, prices) is not part of it.
+    How an answer is fetched (concurrency, prices) is not part of it, but who serves it is.
     """
     settings = experiment.judge
     if settings.kind == "statistical":
         return {} if settings.test == "enrichment" else {"judge": {"test": settings.test}}
     decisive = ("kind", "model", "threshold", "spans", "silent", *(("dtype",) if settings.kind == "local" else ()))
+    served = {"served_by": settings.served_by or settings.base_url.rstrip("/")} if settings.kind == "endpoint" else {}
     return {
-        "judge": {name: getattr(settings, name) for name in decisive},
+        "judge": {name: getattr(settings, name) for name in decisive} | served,
         "rubric": load_rubric(settings.rubric).id,
         "prompts": [p.id for p in (EXPLAIN, VERIFY, RELEVANCE)],
     }
