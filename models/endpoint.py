@@ -148,6 +148,7 @@ class Endpoint:
                 todo.append(chat)
             else:
                 found[chat] = kept
+                self.usage.from_cache(kept)
         self.usage.n_cached += len(chats) - len(todo)
         if todo:
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from tests.test_endpoint import Reply, completion, serving
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.files import read_json
 from transfer.explain_cli import explain
 from transfer.judging import judge_inputs, relevant_by_chat
 
@@ -141,13 +142,45 @@ def test_a_served_model_can_choose_the_relevant_features(experiment: Path, monke
     run(experiment, monkeypatch, "--model", "a", "--features", "0", "--quiet")
     with serving(obedient) as stub:
         settings = ["judge.kind=endpoint", f"judge.base_url={stub.url}", "judge.model=m", "judge.spans=2"]
+        settings += ["judge.price_prompt=3"]
         judged = load_experiment(experiment / "tiny.yaml", settings)
         pipeline = Pipeline(judged, experiment / "runs", [])
-        found = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, experiment / "cache")
+        out = experiment / "cache"
+        found = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, out, out)
         n = len(stub.bodies)
         assert len(found) > 0 and n == 3 * len(found) and set(found.labels) <= {"harmful", "benign"}
-        again = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, experiment / "cache")
+        usage = read_json(out / "usage.json")
+        assert (usage["n_answered"], usage["n_prompt"], usage["n_written"]) == (n, 100 * n, 10 * n)
+        assert usage["judge"] == "endpoint:m" and usage["cost"] == pytest.approx(n * 100 * 3 / 1e6)
+        again = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, out, out)
+        usage = read_json(out / "usage.json")
+        assert (usage["n_cached"], usage["n_cached_prompt"], usage["cost"]) == (n, 100 * n, 0)
         assert again.to_dict() == found.to_dict() and len(stub.bodies) == n
+
+
+def test_stages_say_what_they_asked_and_book_it_on_the_experiment(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.cache import AnswerCache
+    from transfer.pipeline import Pipeline
+    from transfer.rounds import RoundSettings
+    from transfer.rounds_stage import model_rounds
+
+    monkeypatch.setenv("TRANSFER_RUNS", str(experiment / "runs"))
+    with serving(obedient) as judge, serving(lambda *_: completion('["people like boats"]', 30, 7)) as writer:
+        settings = ["judge.kind=endpoint", f"judge.base_url={judge.url}", "judge.model=booked", "judge.spans=2"]
+        settings += ["synth.generator=chat", f"synth.chat={writer.url}#writer", "synth.allow_harmful=true"]
+        asking = load_experiment(experiment / "tiny.yaml", [*settings, "cover.always_on=1.0"])
+        pipeline = Pipeline(asking, experiment / "runs", [])
+        folders = [folder for _, folder in pipeline.coverage.values()]
+        taken = [read_json(folder / "usage.json") for folder in folders]
+        assert sum(t["n_answered"] + t["n_cached"] for t in taken) >= len(judge.bodies) > 0
+        found = model_rounds(pipeline, "a", RoundSettings(rounds=1))
+        run = read_json(Path(found.folders[0]) / "synthesis.json")
+        assert run["info"]["usage"]["n_answered"] == len(writer.bodies) > 0
+    with AnswerCache(experiment / "runs" / ".store" / "answers.sqlite") as cache:
+        assert cache.spent("endpoint:writer", "tiny/synth") == (30 * len(writer.bodies), 7 * len(writer.bodies))
+        assert cache.spent("endpoint:booked", "tiny") == (100 * len(judge.bodies), 10 * len(judge.bodies))
 
 
 def test_only_what_decides_relevance_is_part_of_the_key(experiment: Path) -> None:

@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from models.cache import AnswerCache
-from models.chat import ChatModel
+from models.endpoint import Endpoint
 from models.judges import ChatJudge
+from models.local_chat import LocalChat
 from models.prompts import EXPLAIN, RELEVANCE, VERIFY
 from models.rubric import load_rubric
 from transfer.asking import CACHE, local_chat, served_chat
 from transfer.core.config import Experiment
 from transfer.core.errors import TransferError
+from transfer.core.files import write_json
 from transfer.core.space import FeatureSet
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.explain import judged_relevance
 
+USAGE = "usage.json"
+"""File of a stage that says what its judge took."""
 
-def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> ChatModel:
+
+def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> Endpoint | LocalChat:
     """The language model that the experiment's ``judge`` section names.
 
     Caps count over everything that earlier runs of the experiment have paid for.
@@ -53,7 +58,7 @@ def judge_inputs(experiment: Experiment) -> dict[str, Any]:
 
 
 def relevant_by_chat(
-    store: ActivationStore, anchor: Corpus, experiment: Experiment, folder: Path, *, always_on: float = 0.5
+    store: ActivationStore, anchor: Corpus, experiment: Experiment, folder: Path, out: Path, *, always_on: float = 0.5
 ) -> FeatureSet:
     """The relevant features as the experiment's language model judges them.
 
@@ -62,6 +67,7 @@ def relevant_by_chat(
         anchor: The anchor's texts.
         experiment: Its ``judge`` section names the model, the rubric and the least label.
         folder: Where answers are kept.
+        out: Gets ``usage.json``: what was asked and what it took (requests, tokens, cost), cached or not.
         always_on: Features firing on more than this share of the texts are not judged.
 
     Raises:
@@ -69,14 +75,16 @@ def relevant_by_chat(
     """
     settings = experiment.judge
     with AnswerCache(folder / CACHE) as cache:
-        judge = ChatJudge(chat_model(experiment, settings.kind, cache), seed=experiment.seed)
-        return judged_relevance(
+        chat = chat_model(experiment, settings.kind, cache)
+        found = judged_relevance(
             store,
             anchor,
-            judge,
+            ChatJudge(chat, seed=experiment.seed),
             load_rubric(settings.rubric),
             settings,
             min_support=experiment.cover.min_docs,
             always_on=always_on,
             seed=experiment.seed,
         )
+    write_json(out / USAGE, {"judge": chat.name, **chat.usage.to_dict()})
+    return found

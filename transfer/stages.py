@@ -173,7 +173,7 @@ def cover(
             seed=experiment.seed,
         )
     else:
-        relevant = relevant_by_chat(store, corpora["anchor"], experiment, answers, always_on=settings.always_on)
+        relevant = relevant_by_chat(store, corpora["anchor"], experiment, answers, out, always_on=settings.always_on)
     report = coverage(
         store.space,
         anchor,
@@ -242,7 +242,7 @@ def synth(
     relevant = report.relevant
     facet = dict(zip(relevant.features.tolist(), relevant.descriptions, strict=True))
     own_label = dict(zip(relevant.features.tolist(), relevant.labels, strict=True))
-    generator = make_generator(settings, adapter, pool)
+    generator = make_generator(settings, adapter, pool, account=experiment.name)
     targets = [Target(o, mappings[n], load_delta(covered[n][1])) for n, o in adapters.items() if n != writer]
     background = WordCounts(t.text for t in anchor) if settings.generator == "chat" else None
     directions = adapter.dictionary.directions()

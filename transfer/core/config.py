@@ -178,7 +178,9 @@ class SynthSection(Section):
     guide: float = Field(4.0, ge=0, description="Guided: nats that one threshold's worth of activation weighs.")
     guide_tokens: int = Field(16, ge=1, description="Guided: tokens compared at each step.")
     chat: str = Field("", description="Chat model: local:<model reference> or http(s)://…/v1#<model>.")
-    chat_key: str = Field("", description="Environment variable with the key of the chat endpoint.")
+    asking: AskSection = Field(
+        default_factory=lambda: AskSection.model_validate({}), description="How that chat model is asked; its caps."
+    )
     per_request: int = Field(4, ge=1, description="Texts of one feature asked of the chat model at once.")
     format: Literal["query", "preference", "ab", "instruction"] = Field(
         "query", description="Kind of example; all but query need a chat model."
