@@ -94,7 +94,7 @@ def test_two_judges_are_compared_and_paid_for_once(experiment: Path, monkeypatch
         assert len(stub.bodies) == n and again["usage"]["endpoint"]["cost"] == 0
         assert again["explained"] == found["explained"]
         # The cap counts what earlier runs of the experiment have paid.
-        capped = [*options[:-1], "--set", f"judge.max_tokens={110 * n + 50}", "--rubric", "survival"]
+        capped = [*options[:6], *options[8:-1], "--set", f"judge.max_tokens={110 * n + 50}", "--rubric", "survival"]
         with pytest.raises(TransferError, match="cap"):
             run(experiment, monkeypatch, *capped)
         assert len(stub.bodies) == n
@@ -127,6 +127,8 @@ def test_features_can_be_named(experiment: Path, monkeypatch: pytest.MonkeyPatch
         (["--features", "3,9999"], "has no feature 9999"),
         (["--judge", "statistical", "--judge", "local", "--judge", "endpoint"], "at most twice"),
         (["--rubric", "sycophancy", "--set", "data.positive=benign", "--judge", "local"], "needs a model"),
+        (["--rubric", "sycophancy"], "goes by the labels matching, sycophantic, and the texts have benign, harmful"),
+        (["--judge", "local", "--judge", "statistical", "--rubric", "survival"], "goes by the labels resisting"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(

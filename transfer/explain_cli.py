@@ -57,10 +57,13 @@ def explain(
         raise TransferError("Agreement is between two judges.", "Give --judge at most twice.")
     from models.rubric import load_rubric
 
-    load_rubric(experiment.judge.rubric)  # a misspelt name is told before the models are loaded
+    asked = load_rubric(experiment.judge.rubric)  # a misspelt name is told before the models are loaded
     from transfer.pipeline import Pipeline
+    from transfer.statistical import side_of
 
     pipeline = Pipeline(experiment, runs_folder(), command=command_line())
+    if "statistical" in kinds:  # before another judge is paid
+        side_of(asked, [t.label for t in pipeline.corpora["anchor"]], (experiment.data.positive,))
     pipeline.check("cover")
     names = model or list(experiment.models)
     if dry_run is not None:
