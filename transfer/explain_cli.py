@@ -55,6 +55,12 @@ def explain(
         )
     if len(kinds) > 2:
         raise TransferError("Agreement is between two judges.", "Give --judge at most twice.")
+    names = model or list(experiment.models)
+    if _named(features) is not None and len(names) > 1:
+        raise TransferError(
+            f"Feature ids belong to one model, and these are for {len(names)}: {', '.join(names)}.",
+            "Name one with --model.",
+        )
     from models.rubric import load_rubric
 
     asked = load_rubric(experiment.judge.rubric)  # a misspelt name is told before the models are loaded
@@ -65,7 +71,6 @@ def explain(
     if "statistical" in kinds:  # before another judge is paid
         side_of(asked, [t.label for t in pipeline.corpora["anchor"]], (experiment.data.positive,))
     pipeline.check("cover")
-    names = model or list(experiment.models)
     if dry_run is not None:
         shown = _rehearsed(pipeline, names, kinds, features, limit, dry_run, as_json)
         show(shown if as_json else _estimates(shown))
@@ -179,27 +184,34 @@ def _rehearsed(
     return {"dry_run": rows}
 
 
+def _named(features: str) -> list[int] | None:
+    """The ids that the option names; None for a set.
+
+    Raises:
+        TransferError: When it is neither a set nor ids.
+    """
+    if features in ("missing", "relevant"):
+        return None
+    try:
+        return sorted({int(part) for part in features.split(",")})
+    except ValueError:
+        raise TransferError(
+            f"--features {features!r} is neither a set nor ids.", "Write missing, relevant or 3,17,200."
+        ) from None
+
+
 def _ids(pipeline: Pipeline, name: str, features: str, limit: int | None) -> list[int]:
     """Feature ids that the option asks for.
 
     Raises:
-        TransferError: When it is neither a set nor ids, or there is none.
+        TransferError: When the space has no such feature, or the set none at all.
     """
     report = pipeline.coverage[name][0]
-    if features in ("missing", "relevant"):
+    found = _named(features)
+    if found is None:
         found = getattr(report, features).features.tolist()
-    else:
-        try:
-            found = sorted({int(part) for part in features.split(",")})
-        except ValueError:
-            raise TransferError(
-                f"--features {features!r} is neither a set nor ids.", "Write missing, relevant or 3,17,200."
-            ) from None
-        outside = [i for i in found if not 0 <= i < report.space.n_features]
-        if outside:
-            raise TransferError(
-                f"{report.space.id} has no feature {outside[0]}: ids end at {report.space.n_features - 1}."
-            )
+    elif outside := [i for i in found if not 0 <= i < report.space.n_features]:
+        raise TransferError(f"{report.space.id} has no feature {outside[0]}: ids end at {report.space.n_features - 1}.")
     if not found:
         raise TransferError(f"{name} has no {features} features to explain.", "Write --features relevant.")
     return found[:limit]
