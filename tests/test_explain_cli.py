@@ -30,9 +30,10 @@ def experiment(tiny_llama: Path, tiny_qwen: Path, tmp_path_factory: pytest.TempP
     rows = []
     for i in range(120):
         noun = NOUNS[i % 6]
+        asked = f"Tell me {'how' if i % 2 else 'why'} people like {noun} number {i}"
         rows.append(
             {
-                "text": f"Tell me {'how' if i % 2 else 'why'} people like {noun} number {i}, please.",
+                "text": f"{asked}, please, and how it all will end-{i}.",
                 "label": "harmful" if noun in ("knives", "bombs") else "benign",
                 "topic": noun,
                 "split": ("anchor", "anchor", "seed", "evaluation")[i // 6 % 4],
@@ -108,6 +109,39 @@ def test_a_dry_run_shows_prompts_and_asks_nobody(experiment: Path, monkeypatch: 
     assert re.search(r"endpoint:\(none\): \d+ requests, at most \d+ tokens read .*; nothing was asked", shown)
     counted = json.loads(run(experiment, monkeypatch, *options, *settings, "--json").stdout)["dry_run"][0]
     assert len(counted["prompts"]) == 5 and counted["cost"] > 0
+
+
+def test_a_dry_run_asks_nobody_for_the_relevant_features_either(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(obedient) as stub:
+        settings = ["judge.kind=endpoint", "judge.model=rehearsed", f"judge.base_url={stub.url}", "judge.spans=2"]
+        settings += ["cover.always_on=1.0", "judge.threshold=Probably"]
+        options = ["--features", "relevant", "--limit", "2", *(x for s in settings for x in ("--set", s))]
+        dry = json.loads(run(experiment, monkeypatch, *options, "--dry-run", "1", "--json").stdout)["dry_run"]
+        assert not stub.bodies and [r["stage"] for r in dry] == ["cover", "explain"]
+        assert len(dry[0]["prompts"]) == 3 and len(dry[1]["prompts"]) == 5
+        assert dry == json.loads(run(experiment, monkeypatch, *options, "--dry-run", "1", "--json").stdout)["dry_run"]
+        table = run(experiment, monkeypatch, *options, "--dry-run", "0").stdout
+        assert f"cover by endpoint:rehearsed: {dry[0]['requests']} requests" in table and "---" not in table
+        options += ["--set", "judge.threshold=Maybe"]
+        run(experiment, monkeypatch, *options, "--json")
+        # The judge was asked what the rehearsal counted; once it has answered, that is asked no more.
+        assert len(stub.bodies) <= dry[0]["requests"] + dry[1]["requests"] and len(stub.bodies) > dry[0]["requests"]
+        n = len(stub.bodies)
+        dry = json.loads(run(experiment, monkeypatch, *options, "--dry-run", "1", "--json").stdout)["dry_run"]
+        assert [r["stage"] for r in dry] == ["explain"] and len(stub.bodies) == n
+
+
+def test_texts_of_a_harmful_class_are_cut_in_a_dry_run(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", "a", "--features", "relevant", "--limit", "3", "--judge", "endpoint", "--dry-run", "2"]
+    for more in ([], ["--json"]):
+        cut = run(experiment, monkeypatch, *options, *more).stdout
+        whole = run(experiment, monkeypatch, *options, *more, "--full").stdout
+        assert "will end-" not in cut and "more characters folded]" in cut and "Tell me" in cut
+        assert "will end-" in whole and "folded" not in whole
+        for words in ("What do the reactions have in common?", "and say whether it is the wording or the meaning."):
+            assert words in cut and words in whole
 
 
 def test_features_can_be_named(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:

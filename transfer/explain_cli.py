@@ -37,6 +37,7 @@ def explain(
     dry_run: Annotated[
         int | None, typer.Option("--dry-run", min=0, help="Show N prompts of each kind and spend nothing.")
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Do not cut texts of a harmful class in these prompts.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -55,7 +56,7 @@ def explain(
         )
     if len(kinds) > 2:
         raise TransferError("Agreement is between two judges.", "Give --judge at most twice.")
-    names = model or list(experiment.models)
+    names = list(dict.fromkeys(model)) or list(experiment.models)
     if _named(features) is not None and len(names) > 1:
         raise TransferError(
             f"Feature ids belong to one model, and these are for {len(names)}: {', '.join(names)}.",
@@ -72,8 +73,8 @@ def explain(
         side_of(asked, [t.label for t in pipeline.corpora["anchor"]], (experiment.data.positive,))
     pipeline.check("cover")
     if dry_run is not None:
-        shown = _rehearsed(pipeline, names, kinds, features, limit, dry_run, as_json)
-        show(shown if as_json else _estimates(shown))
+        rows = _rehearsed(pipeline, names, kinds, features, limit, dry_run, full)
+        show({"dry_run": rows} if as_json else _estimates(rows))
         return
     result = _explained(pipeline, names, kinds, features, limit)
     show(result if as_json else _table(result))
@@ -159,29 +160,49 @@ def _statistical(pipeline: Pipeline, name: str, material: Material) -> Judge:
 
 
 def _rehearsed(
-    pipeline: Pipeline, names: list[str], kinds: list[str], features: str, limit: int | None, n: int, as_json: bool
-) -> dict[str, Any]:
-    """Prompts and the most they can cost, without asking anybody."""
+    pipeline: Pipeline, names: list[str], kinds: list[str], features: str, limit: int | None, n: int, full: bool
+) -> list[dict[str, Any]]:
+    """Prompts and the most they can cost, without asking anybody; one row a judge, the coverage stage's first.
+
+    Texts of a harmful class are cut unless ``full``.
+    """
+    from tempfile import TemporaryDirectory
+
     from models.chat import DryRun
     from models.prompts import REHEARSAL
+    from models.rubric import load_rubric
+    from transfer.rehearsal import Rehearsal, folded, rehearse_cover
+    from transfer.safety import harmful
 
-    settings = pipeline.experiment.judge
-    rows = []
-    for kind in kinds:
-        if kind == "statistical":
-            continue
+    experiment = pipeline.experiment
+    settings = experiment.judge
+    rubric, fold = load_rubric(settings.rubric), harmful(experiment.data) and not full
+    rows: list[dict[str, Any]] = []
+
+    def judge(kind: str) -> tuple[DryRun, list[str]]:
         prompts: list[str] = []
         prices = (settings.price_prompt, settings.price_written)
-        dry = DryRun(f"{kind}:{settings.model or '(none)'}", n, prompts.append, prices, answer=REHEARSAL)
+        keep = lambda p: prompts.append(folded(p, rubric) if fold else p)  # noqa: E731
+        return DryRun(f"{kind}:{settings.model or '(none)'}", n, keep, prices, answer=REHEARSAL), prompts
+
+    def row(stage: str, dry: DryRun, prompts: list[str]) -> dict[str, Any]:
+        return {"stage": stage, "judge": dry.name, **dry.estimate(), "prompts": prompts}
+
+    if settings.kind != "statistical":
+        dry, prompts = judge(settings.kind)
+        runs, cover = pipeline.dir.path.parent, lambda name, out: rehearse_cover(pipeline, name, dry, out)
+        with TemporaryDirectory() as scratch:
+            pipeline.dir = Rehearsal(runs, experiment.name, Path(scratch), cover)
+            _ = pipeline.coverage
+        rows += [row("cover", dry, prompts)] if dry.n_requests else []
+    for kind in (k for k in kinds if k != "statistical"):
+        dry, prompts = judge(kind)
         for name in names:
             explain_model(pipeline, name, kind, dry, _ids(pipeline, name, features, limit))
-        if not as_json:
-            for prompt in prompts:
-                show(prompt)
-        rows.append({"judge": dry.name, **dry.estimate(), "prompts": prompts if as_json else len(prompts)})
+        rows.append(row("explain", dry, prompts))
     if not rows:
         say("the statistical judge asks nobody: nothing to show")
-    return {"dry_run": rows}
+    return rows
 
 
 def _named(features: str) -> list[int] | None:
@@ -276,9 +297,11 @@ def _score(summary: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _estimates(shown: dict[str, Any]) -> str:
-    return "\n".join(
-        f"{r['judge']}: {r['requests']} requests, at most {r['most_prompt']} tokens read and {r['most_written']} "
-        f"written, {r['cost']:.4g} in money; nothing was asked"
-        for r in shown["dry_run"]
-    )
+def _estimates(rows: list[dict[str, Any]]) -> str:
+    lines = [prompt for r in rows for prompt in r["prompts"]]
+    lines += [
+        f"{r['stage']} by {r['judge']}: {r['requests']} requests, at most {r['most_prompt']} tokens read and "
+        f"{r['most_written']} written, {r['cost']:.4g} in money; nothing was asked"
+        for r in rows
+    ]
+    return "\n".join(lines)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.cache import AnswerCache
+from models.chat import ChatModel
 from models.endpoint import Endpoint
 from models.judges import ChatJudge
 from models.local_chat import LocalChat
@@ -76,15 +77,22 @@ def relevant_by_chat(
     settings = experiment.judge
     with AnswerCache(folder / CACHE) as cache:
         chat = chat_model(experiment, settings.kind, cache)
-        found = judged_relevance(
-            store,
-            anchor,
-            ChatJudge(chat, seed=experiment.seed),
-            load_rubric(settings.rubric),
-            settings,
-            min_support=experiment.cover.min_docs,
-            always_on=always_on,
-            seed=experiment.seed,
-        )
+        found = relevant_to(chat, store, anchor, experiment, always_on=always_on)
     write_json(out / USAGE, {"judge": chat.name, **chat.usage.to_dict()})
     return found
+
+
+def relevant_to(
+    chat: ChatModel, store: ActivationStore, anchor: Corpus, experiment: Experiment, *, always_on: float = 0.5
+) -> FeatureSet:
+    """The relevant features as one chat model judges them by the experiment's rubric; see ``relevant_by_chat``."""
+    return judged_relevance(
+        store,
+        anchor,
+        ChatJudge(chat, seed=experiment.seed),
+        load_rubric(experiment.judge.rubric),
+        experiment.judge,
+        min_support=experiment.cover.min_docs,
+        always_on=always_on,
+        seed=experiment.seed,
+    )
