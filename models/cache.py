@@ -31,10 +31,10 @@ WAIT = 60.0
 class AnswerCache:
     """Answers by request and model, and what each account has spent.
 
-    The key is ``Chat.hash`` of the whole request with the model's name, but not its address: the same model behind
-    another server gives the same answers. The request itself is stored too and compared. Every answer is one
-    transaction on disk before it is used, so a killed process loses at most what it was waiting for. Threads and
-    processes may share a file.
+    The key is ``Chat.hash`` of the whole request with the model's name and with who serves it: two servers may call
+    different models by one name. The request itself is stored too and compared. Every answer is one transaction on
+    disk before it is used, so a killed process loses at most what it was waiting for. Threads and processes may share
+    a file. Spending is booked by account and model, whoever serves it.
 
     Args:
         path: The file; made with its folders when missing.
@@ -94,25 +94,27 @@ class AnswerCache:
                 raise
             self._db.execute("COMMIT")
 
-    def get(self, model: str, chat: Chat) -> Answer | None:
-        """The answer that ``model`` gave to this request, marked as cached; None when it never did."""
+    def get(self, model: str, chat: Chat, server: str = "") -> Answer | None:
+        """The answer that ``model`` of ``server`` gave to this request, marked as cached; None when it never did."""
+        served = _served(model, server)
         with self._lock, self._plainly():
             row = self._db.execute(
                 "SELECT model, request, text, n_prompt, n_written, finish FROM answers WHERE key = ?",
-                (chat.hash(model),),
+                (chat.hash(served),),
             ).fetchone()
-        if row is None or row[:2] != (model, _request(chat)):
+        if row is None or row[:2] != (served, _request(chat)):
             return None
         return Answer(row[2], row[3], row[4], row[5], cached=True)
 
-    def put(self, model: str, chat: Chat, answer: Answer, account: str = "") -> None:
+    def put(self, model: str, chat: Chat, answer: Answer, account: str = "", server: str = "") -> None:
         """Keep an answer and book its tokens on ``account``, together or not at all."""
+        served = _served(model, server)
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
-                    chat.hash(model),
-                    model,
+                    chat.hash(served),
+                    served,
                     _request(chat),
                     answer.text,
                     answer.n_prompt,
@@ -138,6 +140,11 @@ class AnswerCache:
     def __len__(self) -> int:
         with self._lock, self._plainly():
             return int(self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+
+
+def _served(model: str, server: str) -> str:
+    """What answers are kept under."""
+    return f"{model} of {server}" if server else model
 
 
 def _request(chat: Chat) -> str:

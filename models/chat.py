@@ -91,13 +91,21 @@ class Usage:
     """Tokens read, of the answered."""
     n_written: int = 0
     """Tokens written, of the answered."""
+    n_cached_prompt: int = 0
+    """Tokens read, of the cached, when they were paid for."""
+    n_cached_written: int = 0
     n_lost: int = 0
     """Tokens that may have been paid for although no answer came (the connection broke after sending)."""
     n_retries: int = 0
     n_unreported: int = 0
     """Answers whose server told no token counts; the most it can have been is counted."""
     cost: float = 0.0
-    """Of all tokens above, in the currency of the prices."""
+    """Of the tokens answered and lost, in the currency of the prices."""
+
+    def from_cache(self, answer: Answer) -> None:
+        """Count the tokens of an answer that was read from the cache."""
+        self.n_cached_prompt += answer.n_prompt
+        self.n_cached_written += answer.n_written
 
     def to_dict(self) -> dict[str, int | float]:
         """JSON form."""

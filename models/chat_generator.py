@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import Any, Literal
 
-from models.chat import Answer, Chat, ChatModel
+from models.chat import Answer, Chat, ChatModel, Usage
 from models.generators import Prompt
 from transfer.core.errors import TransferError
 from transfer.core.formats import QUERY, Format, get_format
@@ -80,6 +80,7 @@ class ChatGenerator:
         self.name = f"chat:{chat.name}#{digest(settings, 6)}"
         self.counts: Counter[str] = Counter()
         """Replies by what became of them (``read``, ``unreadable``, ``cut``, ``refused``), and texts dropped."""
+        self._told: dict[str, int | float] = {}
 
     def generate(self, requests: list[Prompt]) -> list[list[str]]:
         """See ``Generator``; structured examples come as JSON, one object a text."""
@@ -87,6 +88,12 @@ class ChatGenerator:
         if len(answers) != len(requests):
             raise TransferError(f"{self.chat.name} answered {len(answers)} of {len(requests)} requests.")
         return [self._texts(r, a) for r, a in zip(requests, answers, strict=True)]
+
+    def used(self) -> dict[str, int | float]:
+        """See ``Generator``; the numbers of ``models.chat.Usage``."""
+        usage: Usage | None = getattr(self.chat, "usage", None)
+        before, self._told = self._told, usage.to_dict() if usage else {}
+        return {name: value - before.get(name, 0) for name, value in self._told.items()}
 
     def request(self, prompt: Prompt) -> Chat:
         """What the chat model is asked."""

@@ -65,6 +65,8 @@ class Endpoint:
         base_url: Address up to and without ``/chat/completions``, such as ``http://localhost:8000/v1``.
         model: The server's name of the model.
         cache: Where answers are kept; not at all when None.
+        served_by: Who answers, as the cache knows it: the address by default. A server that moves keeps its answers
+            under a name of its own.
         key_variable: Environment variable that holds the key; empty for none.
         concurrency: Requests in flight at most.
         retries: Further tries of one request.
@@ -88,6 +90,7 @@ class Endpoint:
         model: str,
         *,
         cache: AnswerCache | None = None,
+        served_by: str = "",
         key_variable: str = "",
         concurrency: int = 8,
         retries: int = 5,
@@ -110,6 +113,7 @@ class Endpoint:
             raise TransferError(f"The environment variable {key_variable} holds no key for {base_url}.", "Set it.")
         self.base_url = base_url.rstrip("/")
         self.model = model
+        self.served_by = served_by or self.base_url
         self.cache = cache
         self.concurrency = concurrency
         self.retries = retries
@@ -139,11 +143,12 @@ class Endpoint:
         todo: list[Chat] = []
         found: dict[Chat, Answer] = {}
         for chat in dict.fromkeys(chats):
-            kept = self.cache.get(self.name, chat) if self.cache is not None else None
+            kept = self.cache.get(self.name, chat, self.served_by) if self.cache is not None else None
             if kept is None:
                 todo.append(chat)
             else:
                 found[chat] = kept
+                self.usage.from_cache(kept)
         self.usage.n_cached += len(chats) - len(todo)
         if todo:
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -181,7 +186,9 @@ class Endpoint:
         if not isinstance(work.error, TransferError):
             raise work.error
         kept = "kept" if self.cache is not None else "lost (no cache)"
-        what = f"{work.error.args[0]} {n_answered} of {n} requests were answered and {kept}."
+        before = self.usage.n_answered - n_answered
+        more = f", after {before} before them" if before else ""
+        what = f"{work.error.args[0]} {n_answered} of {n} requests were answered and {kept}{more}."
         raise type(work.error)(what, work.error.hint) from None
 
     def _refuses_all(self) -> bool:
@@ -326,7 +333,7 @@ class Endpoint:
         """Count an answer, and write it down if it was paid for."""
         paid = answer.n_prompt + answer.n_written > 0 or answer.finish != "refused"
         if paid and self.cache is not None:
-            self.cache.put(self.name, chat, answer, self.account)
+            self.cache.put(self.name, chat, answer, self.account, self.served_by)
         with _counting:
             usage = self.usage
             usage.n_answered += answer.finish != "refused"

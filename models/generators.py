@@ -60,7 +60,8 @@ class Generator(Protocol):
 
     A generator may also have ``reads``, the parts of a prompt among ``READABLE`` that it uses (none by default), and
     ``per_request``, how many texts of one feature it would rather be asked for at once (1 by default), and
-    ``format_name``, the kind of example it writes (``query`` by default; others answer in JSON, one object a text).
+    ``format_name``, the kind of example it writes (``query`` by default; others answer in JSON, one object a text), and
+    ``used()``, what its requests took (requests, tokens, cost) since that was last asked; empty where none counts it.
     """
 
     @property

@@ -52,6 +52,7 @@ class LocalChat:
             kept = self.cache.get(self.name, chat) if self.cache is not None else None
             if kept is not None:
                 found[chat] = kept
+                self.usage.from_cache(kept)
         todo = [c for c in dict.fromkeys(chats) if c not in found]
         self.usage.n_cached += len(chats) - len(todo)
         lines = dict(zip(todo, self.prompts(todo), strict=True))

@@ -129,5 +129,5 @@ FUZZ = PromptText(
     allowed="<the numbers, separated by commas, or none>",
 )
 
-REHEARSAL = "Concept: (the description)\nFit: Maybe\nRelevant: Maybe\nActive: none\nRight: none"
-"""Answers every kind of request, so that a dry run reaches the requests that depend on earlier answers."""
+REHEARSAL = "Concept: (the description)\nFit: Yes\nRelevant: Yes\nActive: none\nRight: none"
+"""Answers every kind of request so that a dry run reaches all requests that depend on earlier answers."""

@@ -130,6 +130,16 @@ def test_whatever_decides_the_answer_is_asked_anew(tmp_path: Path, change: dict[
         assert len(stub.bodies) == 4 and stub.bodies[3]["top_k"] == 1
 
 
+def test_two_servers_that_call_a_model_alike_do_not_answer_for_each_other(tmp_path: Path) -> None:
+    with AnswerCache(tmp_path / "a.sqlite") as cache:
+        for said in ("one", "two"):
+            with serving(lambda *_, said=said: completion(said, 5, 2)) as stub:
+                model = Endpoint(stub.url, "default", cache=cache, account="run")
+                assert [model.complete(chats(1))[0].text for _ in range(2)] == [said, said]
+                assert len(stub.bodies) == 1
+        assert len(cache) == 2 and cache.spent("endpoint:default", "run") == (10, 4)
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_busy_servers_are_asked_again(status: int) -> None:
     def reply(body: dict[str, Any], n: int) -> Reply:
@@ -161,17 +171,25 @@ def test_retries_are_bounded_and_the_error_says_what_was_kept(tmp_path: Path) ->
 
     with AnswerCache(tmp_path / "a.sqlite") as cache:
         with serving(reply) as stub:
-            model = Endpoint(stub.url, "m", cache=cache, concurrency=1, retries=2)
+            model = Endpoint(stub.url, "m", cache=cache, concurrency=1, retries=2, served_by="the cluster")
             with pytest.raises(
                 StageError, match=r"failed 3 times .*overloaded.* 3 of 8 requests were answered and kept"
             ):
                 model.complete(chats(8))
             assert len(stub.bodies) == 6
-        with serving(words) as stub:
-            model = Endpoint(stub.url, "m", cache=cache, concurrency=1)
+        with serving(words) as stub:  # it moved, and its answers are still its own
+            model = Endpoint(stub.url, "m", cache=cache, concurrency=1, served_by="the cluster")
             answers = model.complete(chats(8))
             assert [a.cached for a in answers] == [True] * 3 + [False] * 5
             assert stub.asked() == [f"text {i}" for i in range(3, 8)]
+
+
+def test_the_error_counts_the_answers_of_earlier_calls_too() -> None:
+    with serving(lambda body, n: words(body, n) if n <= 6 else (503, {}, b"overloaded")) as stub:
+        model = Endpoint(stub.url, "m", concurrency=1, retries=0)
+        model.complete(chats(4))
+        with pytest.raises(StageError, match=r"2 of 8 requests were answered and lost \(no cache\), after 4 before"):
+            model.complete(chats(8, seed=1))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from tests.test_endpoint import Reply, completion, serving
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.files import read_json
 from transfer.explain_cli import explain
 from transfer.judging import judge_inputs, relevant_by_chat
 
@@ -29,9 +30,10 @@ def experiment(tiny_llama: Path, tiny_qwen: Path, tmp_path_factory: pytest.TempP
     rows = []
     for i in range(120):
         noun = NOUNS[i % 6]
+        asked = f"Tell me {'how' if i % 2 else 'why'} people like {noun} number {i}"
         rows.append(
             {
-                "text": f"Tell me {'how' if i % 2 else 'why'} people like {noun} number {i}, please.",
+                "text": f"{asked}, please, and how it all will end-{i}.",
                 "label": "harmful" if noun in ("knives", "bombs") else "benign",
                 "topic": noun,
                 "split": ("anchor", "anchor", "seed", "evaluation")[i // 6 % 4],
@@ -93,7 +95,7 @@ def test_two_judges_are_compared_and_paid_for_once(experiment: Path, monkeypatch
         assert len(stub.bodies) == n and again["usage"]["endpoint"]["cost"] == 0
         assert again["explained"] == found["explained"]
         # The cap counts what earlier runs of the experiment have paid.
-        capped = [*options[:-1], "--set", f"judge.max_tokens={110 * n + 50}", "--rubric", "survival"]
+        capped = [*options[:6], *options[8:-1], "--set", f"judge.max_tokens={110 * n + 50}", "--rubric", "survival"]
         with pytest.raises(TransferError, match="cap"):
             run(experiment, monkeypatch, *capped)
         assert len(stub.bodies) == n
@@ -107,6 +109,39 @@ def test_a_dry_run_shows_prompts_and_asks_nobody(experiment: Path, monkeypatch: 
     assert re.search(r"endpoint:\(none\): \d+ requests, at most \d+ tokens read .*; nothing was asked", shown)
     counted = json.loads(run(experiment, monkeypatch, *options, *settings, "--json").stdout)["dry_run"][0]
     assert len(counted["prompts"]) == 5 and counted["cost"] > 0
+
+
+def test_a_dry_run_asks_nobody_for_the_relevant_features_either(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(obedient) as stub:
+        settings = ["judge.kind=endpoint", "judge.model=rehearsed", f"judge.base_url={stub.url}", "judge.spans=2"]
+        settings += ["cover.always_on=1.0", "judge.threshold=Probably"]
+        options = ["--features", "relevant", "--limit", "2", *(x for s in settings for x in ("--set", s))]
+        dry = json.loads(run(experiment, monkeypatch, *options, "--dry-run", "1", "--json").stdout)["dry_run"]
+        assert not stub.bodies and [r["stage"] for r in dry] == ["cover", "explain"]
+        assert len(dry[0]["prompts"]) == 3 and len(dry[1]["prompts"]) == 5
+        assert dry == json.loads(run(experiment, monkeypatch, *options, "--dry-run", "1", "--json").stdout)["dry_run"]
+        table = run(experiment, monkeypatch, *options, "--dry-run", "0").stdout
+        assert f"cover by endpoint:rehearsed: {dry[0]['requests']} requests" in table and "---" not in table
+        options += ["--set", "judge.threshold=Maybe"]
+        run(experiment, monkeypatch, *options, "--json")
+        # The judge was asked what the rehearsal counted; once it has answered, that is asked no more.
+        assert len(stub.bodies) <= dry[0]["requests"] + dry[1]["requests"] and len(stub.bodies) > dry[0]["requests"]
+        n = len(stub.bodies)
+        dry = json.loads(run(experiment, monkeypatch, *options, "--dry-run", "1", "--json").stdout)["dry_run"]
+        assert [r["stage"] for r in dry] == ["explain"] and len(stub.bodies) == n
+
+
+def test_texts_of_a_harmful_class_are_cut_in_a_dry_run(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", "a", "--features", "relevant", "--limit", "3", "--judge", "endpoint", "--dry-run", "2"]
+    for more in ([], ["--json"]):
+        cut = run(experiment, monkeypatch, *options, *more).stdout
+        whole = run(experiment, monkeypatch, *options, *more, "--full").stdout
+        assert "will end-" not in cut and "more characters folded]" in cut and "Tell me" in cut
+        assert "will end-" in whole and "folded" not in whole
+        for words in ("What do the reactions have in common?", "and say whether it is the wording or the meaning."):
+            assert words in cut and words in whole
 
 
 def test_features_can_be_named(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +158,13 @@ def test_features_can_be_named(experiment: Path, monkeypatch: pytest.MonkeyPatch
         (["--judge", "local"], "needs a model"),
         (["--rubric", "happiness"], "There is no rubric happiness"),
         (["--features", "many"], "neither a set nor ids"),
-        (["--features", "3,9999"], "has no feature 9999"),
+        (["--features", "3,9999", "--model", "a"], "has no feature 9999"),
+        (["--features", "3,17"], "Feature ids belong to one model, and these are for 2: a, b."),
+        (["--features", "3", "--model", "a", "--model", "b", "--dry-run", "1"], "belong to one model"),
         (["--judge", "statistical", "--judge", "local", "--judge", "endpoint"], "at most twice"),
         (["--rubric", "sycophancy", "--set", "data.positive=benign", "--judge", "local"], "needs a model"),
+        (["--rubric", "sycophancy"], "goes by the labels matching, sycophantic, and the texts have benign, harmful"),
+        (["--judge", "local", "--judge", "statistical", "--rubric", "survival"], "goes by the labels resisting"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
@@ -141,13 +180,45 @@ def test_a_served_model_can_choose_the_relevant_features(experiment: Path, monke
     run(experiment, monkeypatch, "--model", "a", "--features", "0", "--quiet")
     with serving(obedient) as stub:
         settings = ["judge.kind=endpoint", f"judge.base_url={stub.url}", "judge.model=m", "judge.spans=2"]
+        settings += ["judge.price_prompt=3"]
         judged = load_experiment(experiment / "tiny.yaml", settings)
         pipeline = Pipeline(judged, experiment / "runs", [])
-        found = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, experiment / "cache")
+        out = experiment / "cache"
+        found = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, out, out)
         n = len(stub.bodies)
         assert len(found) > 0 and n == 3 * len(found) and set(found.labels) <= {"harmful", "benign"}
-        again = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, experiment / "cache")
+        usage = read_json(out / "usage.json")
+        assert (usage["n_answered"], usage["n_prompt"], usage["n_written"]) == (n, 100 * n, 10 * n)
+        assert usage["judge"] == "endpoint:m" and usage["cost"] == pytest.approx(n * 100 * 3 / 1e6)
+        again = relevant_by_chat(pipeline.stores["a"], pipeline.corpora["anchor"], judged, out, out)
+        usage = read_json(out / "usage.json")
+        assert (usage["n_cached"], usage["n_cached_prompt"], usage["cost"]) == (n, 100 * n, 0)
         assert again.to_dict() == found.to_dict() and len(stub.bodies) == n
+
+
+def test_stages_say_what_they_asked_and_book_it_on_the_experiment(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.cache import AnswerCache
+    from transfer.pipeline import Pipeline
+    from transfer.rounds import RoundSettings
+    from transfer.rounds_stage import model_rounds
+
+    monkeypatch.setenv("TRANSFER_RUNS", str(experiment / "runs"))
+    with serving(obedient) as judge, serving(lambda *_: completion('["people like boats"]', 30, 7)) as writer:
+        settings = ["judge.kind=endpoint", f"judge.base_url={judge.url}", "judge.model=booked", "judge.spans=2"]
+        settings += ["synth.generator=chat", f"synth.chat={writer.url}#writer", "synth.allow_harmful=true"]
+        asking = load_experiment(experiment / "tiny.yaml", [*settings, "cover.always_on=1.0"])
+        pipeline = Pipeline(asking, experiment / "runs", [])
+        folders = [folder for _, folder in pipeline.coverage.values()]
+        taken = [read_json(folder / "usage.json") for folder in folders]
+        assert sum(t["n_answered"] + t["n_cached"] for t in taken) >= len(judge.bodies) > 0
+        found = model_rounds(pipeline, "a", RoundSettings(rounds=1))
+        run = read_json(Path(found.folders[0]) / "synthesis.json")
+        assert run["info"]["usage"]["n_answered"] == len(writer.bodies) > 0
+    with AnswerCache(experiment / "runs" / ".store" / "answers.sqlite") as cache:
+        assert cache.spent("endpoint:writer", "tiny/synth") == (30 * len(writer.bodies), 7 * len(writer.bodies))
+        assert cache.spent("endpoint:booked", "tiny") == (100 * len(judge.bodies), 10 * len(judge.bodies))
 
 
 def test_only_what_decides_relevance_is_part_of_the_key(experiment: Path) -> None:
@@ -157,5 +228,10 @@ def test_only_what_decides_relevance_is_part_of_the_key(experiment: Path) -> Non
     assert inputs() == inputs("model=m") == {} != inputs("test=auroc")
     served = inputs("kind=endpoint", "model=m")
     assert served == inputs("kind=endpoint", "model=m", "concurrency=2", "max_tokens=9")
-    for change in ("model=n", "rubric=survival", "threshold=Yes", "spans=3"):
+    assert served == inputs("kind=endpoint", "model=m", "base_url=http://localhost:8000/v1/")
+    moved = inputs(
+        "kind=endpoint", "model=m", "base_url=http://localhost:8001/v1", "served_by=http://localhost:8000/v1"
+    )
+    assert served == moved
+    for change in ("model=n", "rubric=survival", "threshold=Yes", "spans=3", "base_url=http://localhost:8001/v1"):
         assert inputs("kind=endpoint", "model=m", change) != served

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def world(folder: Path, n: int = 400) -> tuple[ActivationStore, Corpus]:
     return word_store(folder, corpus, fires), corpus
 
 
-def statistical(store: ActivationStore, corpus: Corpus, material: Material, **settings: str) -> StatisticalJudge:
+def statistical(store: ActivationStore, corpus: Corpus, material: Material, **settings: Any) -> StatisticalJudge:
     labels, topics = [t.label for t in corpus], [t.topic for t in corpus]
     delta = np.zeros(store.space.n_features, dtype=np.float32)
     return StatisticalJudge(
@@ -54,7 +56,7 @@ def statistical(store: ActivationStore, corpus: Corpus, material: Material, **se
         topics,
         background=material.background,
         delta=delta,
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )
 
 
@@ -213,6 +215,19 @@ def test_the_statistical_judge_explains_and_scores(tmp_path: Path) -> None:
         statistical(store, corpus, material).judge(found.cases, load_rubric("sycophancy"))
     with pytest.raises(TransferError, match="None of the 1 features"):
         explain(material, [9], statistical(store, corpus, material), load_rubric("toxicity"), SETTINGS)
+
+
+def test_the_data_s_side_counts_only_for_rubrics_that_name_none(tmp_path: Path) -> None:
+    store, corpus = world(tmp_path)
+    material = Material(store, corpus)
+    judge = statistical(store, corpus, material, positive=("harmful",))
+    cases = material.cases(range(2), SETTINGS)[0]
+    with pytest.raises(TransferError, match="goes by the labels matching, sycophantic, and"):
+        judge.judge(cases, load_rubric("sycophancy"))
+    silent = dataclasses.replace(load_rubric("sycophancy"), positive=())
+    assert [v.label for v in judge.judge(cases, silent).verdicts] == ["Yes", "Yes"]
+    named = dataclasses.replace(silent, positive=("benign",))
+    assert "label benign" in judge.judge(cases, named).verdicts[0].reason
 
 
 @pytest.mark.parametrize("test", ["auroc", "information"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 
 from models.adapter import Adapter
+from models.cache import AnswerCache
 from models.chat import Answer, Chat
 from tests.test_arms import report, space
+from tests.test_endpoint import Reply, completion, serving
 from transfer import synth_stage
 from transfer.core.config import SynthSection, load_experiment
-from transfer.core.errors import TransferError
+from transfer.core.errors import StageError, TransferError
 from transfer.core.files import save_arrays
 from transfer.core.space import FeatureSet
 from transfer.core.span import Span
@@ -121,6 +124,61 @@ def test_search_guidance_and_retries_work_together_on_a_model(adapter: Adapter) 
     assert {c.step for c in made.candidates} == {0, 1, 2} and len(made.info["strength_search"]["tried"]) <= 3
     assert sum(made.rejected().values()) + len(made.kept) == len(made.candidates)
     assert {c.feature for c in made.candidates if c.step == 0} < set(live.tolist())
+
+
+def written(body: dict[str, Any], n: int) -> Reply:
+    subject = ("bread", "boats", "rain", "poems", "tea", "trains")[n % 6]
+    return completion(json.dumps([f"Please say how {subject} of kind {n} are made today."] * 2), 100, 10)
+
+
+def test_what_a_chat_generator_took_is_told_and_capped(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSFER_RUNS", str(tmp_path))
+    live = np.unique(adapter.encode_texts(SENTENCES)[0].indices)[:3].astype(np.int64)
+    asked = FeatureSet(adapter.space, live, "missing", labels=("a",) * len(live))
+    delta = np.zeros(adapter.space.n_features, dtype=np.float32)
+
+    def usage(url: str, **asking: Any) -> dict[str, Any]:
+        how = settings(generator="chat", chat=f"{url}#m", per_request=2, asking={"served_by": "stub", **asking})
+        generator = make_generator(how, adapter, account="mine")
+        made = [
+            synthesise(
+                adapter,
+                generator,
+                asked,
+                {int(i): SENTENCES for i in live},
+                delta,
+                missing=asked,
+                anchor_texts=SENTENCES,
+                n=2,
+                m=2,
+                seed=seed,
+            ).info["usage"]
+            for seed in (0, 1)
+        ]
+        assert all(part["n_answered"] + part["n_cached"] == 6 for part in made)
+        return {name: made[0][name] + made[1][name] for name in made[0]}
+
+    with serving(written) as stub:
+        paid = usage(stub.url, price_prompt=1.0, price_written=10.0)
+        assert paid["n_answered"] == len(stub.bodies) == 12 and (paid["n_prompt"], paid["n_written"]) == (1200, 120)
+        assert paid["cost"] == pytest.approx(12 * (100 * 1 + 10 * 10) / 1e6)
+        again = usage(stub.url, price_prompt=1.0, price_written=10.0)
+        assert len(stub.bodies) == 12 and again["cost"] == 0 == again["n_answered"]
+        assert (again["n_cached_prompt"], again["n_cached_written"]) == (1200, 120)
+    cache = AnswerCache(tmp_path / ".store" / "answers.sqlite")
+    assert cache.spent("endpoint:m", "mine/synth") == (1200, 120) and cache.spent("endpoint:m", "mine") == (0, 0)
+    cache.close()
+    with serving(lambda *_: (503, {"retry-after": "0"}, b"no")) as stub:
+        with pytest.raises(StageError, match="cap"):  # what was spent before counts
+            usage(stub.url, max_tokens=1400, served_by="another")
+        assert not stub.bodies
+        with pytest.raises(StageError, match="failed 2 times"):
+            usage(stub.url, retries=1, concurrency=1, served_by="another")
+        assert len(stub.bodies) == 2
+    with pytest.raises(TransferError, match="NO_SUCH_KEY holds no key"):
+        usage("http://localhost:1/v1", key_variable="NO_SUCH_KEY")
 
 
 def test_the_stage_refuses_harmful_classes_before_it_begins(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def explain(
     dry_run: Annotated[
         int | None, typer.Option("--dry-run", min=0, help="Show N prompts of each kind and spend nothing.")
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Do not cut texts of a harmful class in these prompts.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -55,17 +56,25 @@ def explain(
         )
     if len(kinds) > 2:
         raise TransferError("Agreement is between two judges.", "Give --judge at most twice.")
+    names = list(dict.fromkeys(model)) or list(experiment.models)
+    if _named(features) is not None and len(names) > 1:
+        raise TransferError(
+            f"Feature ids belong to one model, and these are for {len(names)}: {', '.join(names)}.",
+            "Name one with --model.",
+        )
     from models.rubric import load_rubric
 
-    load_rubric(experiment.judge.rubric)  # a misspelt name is told before the models are loaded
+    asked = load_rubric(experiment.judge.rubric)  # a misspelt name is told before the models are loaded
     from transfer.pipeline import Pipeline
+    from transfer.statistical import side_of
 
     pipeline = Pipeline(experiment, runs_folder(), command=command_line())
+    if "statistical" in kinds:  # before another judge is paid
+        side_of(asked, [t.label for t in pipeline.corpora["anchor"]], (experiment.data.positive,))
     pipeline.check("cover")
-    names = model or list(experiment.models)
     if dry_run is not None:
-        shown = _rehearsed(pipeline, names, kinds, features, limit, dry_run, as_json)
-        show(shown if as_json else _estimates(shown))
+        rows = _rehearsed(pipeline, names, kinds, features, limit, dry_run, full)
+        show({"dry_run": rows} if as_json else _estimates(rows))
         return
     result = _explained(pipeline, names, kinds, features, limit)
     show(result if as_json else _table(result))
@@ -77,7 +86,8 @@ def _explained(
     """Run every judge on every model, write the files, and collect the numbers."""
     from models.cache import AnswerCache
     from models.judges import agreement
-    from transfer.judging import CACHE, chat_model
+    from transfer.asking import CACHE
+    from transfer.judging import chat_model
 
     experiment = pipeline.experiment
     out = pipeline.dir.path / "explain"
@@ -150,52 +160,79 @@ def _statistical(pipeline: Pipeline, name: str, material: Material) -> Judge:
 
 
 def _rehearsed(
-    pipeline: Pipeline, names: list[str], kinds: list[str], features: str, limit: int | None, n: int, as_json: bool
-) -> dict[str, Any]:
-    """Prompts and the most they can cost, without asking anybody."""
+    pipeline: Pipeline, names: list[str], kinds: list[str], features: str, limit: int | None, n: int, full: bool
+) -> list[dict[str, Any]]:
+    """Prompts and the most they can cost, without asking anybody; one row a judge, the coverage stage's first.
+
+    Texts of a harmful class are cut unless ``full``.
+    """
+    from tempfile import TemporaryDirectory
+
     from models.chat import DryRun
     from models.prompts import REHEARSAL
+    from models.rubric import load_rubric
+    from transfer.rehearsal import Rehearsal, folded, rehearse_cover
+    from transfer.safety import harmful
 
-    settings = pipeline.experiment.judge
-    rows = []
-    for kind in kinds:
-        if kind == "statistical":
-            continue
+    experiment = pipeline.experiment
+    settings = experiment.judge
+    rubric, fold = load_rubric(settings.rubric), harmful(experiment) and not full
+    rows: list[dict[str, Any]] = []
+
+    def judge(kind: str) -> tuple[DryRun, list[str]]:
         prompts: list[str] = []
         prices = (settings.price_prompt, settings.price_written)
-        dry = DryRun(f"{kind}:{settings.model or '(none)'}", n, prompts.append, prices, answer=REHEARSAL)
+        keep = lambda p: prompts.append(folded(p, rubric) if fold else p)  # noqa: E731
+        return DryRun(f"{kind}:{settings.model or '(none)'}", n, keep, prices, answer=REHEARSAL), prompts
+
+    def row(stage: str, dry: DryRun, prompts: list[str]) -> dict[str, Any]:
+        return {"stage": stage, "judge": dry.name, **dry.estimate(), "prompts": prompts}
+
+    if settings.kind != "statistical":
+        dry, prompts = judge(settings.kind)
+        runs, cover = pipeline.dir.path.parent, lambda name, out: rehearse_cover(pipeline, name, dry, out)
+        with TemporaryDirectory() as scratch:
+            pipeline.dir = Rehearsal(runs, experiment.name, Path(scratch), cover)
+            _ = pipeline.coverage
+        rows += [row("cover", dry, prompts)] if dry.n_requests else []
+    for kind in (k for k in kinds if k != "statistical"):
+        dry, prompts = judge(kind)
         for name in names:
             explain_model(pipeline, name, kind, dry, _ids(pipeline, name, features, limit))
-        if not as_json:
-            for prompt in prompts:
-                show(prompt)
-        rows.append({"judge": dry.name, **dry.estimate(), "prompts": prompts if as_json else len(prompts)})
+        rows.append(row("explain", dry, prompts))
     if not rows:
         say("the statistical judge asks nobody: nothing to show")
-    return {"dry_run": rows}
+    return rows
+
+
+def _named(features: str) -> list[int] | None:
+    """The ids that the option names; None for a set.
+
+    Raises:
+        TransferError: When it is neither a set nor ids.
+    """
+    if features in ("missing", "relevant"):
+        return None
+    try:
+        return sorted({int(part) for part in features.split(",")})
+    except ValueError:
+        raise TransferError(
+            f"--features {features!r} is neither a set nor ids.", "Write missing, relevant or 3,17,200."
+        ) from None
 
 
 def _ids(pipeline: Pipeline, name: str, features: str, limit: int | None) -> list[int]:
     """Feature ids that the option asks for.
 
     Raises:
-        TransferError: When it is neither a set nor ids, or there is none.
+        TransferError: When the space has no such feature, or the set none at all.
     """
     report = pipeline.coverage[name][0]
-    if features in ("missing", "relevant"):
+    found = _named(features)
+    if found is None:
         found = getattr(report, features).features.tolist()
-    else:
-        try:
-            found = sorted({int(part) for part in features.split(",")})
-        except ValueError:
-            raise TransferError(
-                f"--features {features!r} is neither a set nor ids.", "Write missing, relevant or 3,17,200."
-            ) from None
-        outside = [i for i in found if not 0 <= i < report.space.n_features]
-        if outside:
-            raise TransferError(
-                f"{report.space.id} has no feature {outside[0]}: ids end at {report.space.n_features - 1}."
-            )
+    elif outside := [i for i in found if not 0 <= i < report.space.n_features]:
+        raise TransferError(f"{report.space.id} has no feature {outside[0]}: ids end at {report.space.n_features - 1}.")
     if not found:
         raise TransferError(f"{name} has no {features} features to explain.", "Write --features relevant.")
     return found[:limit]
@@ -260,9 +297,11 @@ def _score(summary: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _estimates(shown: dict[str, Any]) -> str:
-    return "\n".join(
-        f"{r['judge']}: {r['requests']} requests, at most {r['most_prompt']} tokens read and {r['most_written']} "
-        f"written, {r['cost']:.4g} in money; nothing was asked"
-        for r in shown["dry_run"]
-    )
+def _estimates(rows: list[dict[str, Any]]) -> str:
+    lines = [prompt for r in rows for prompt in r["prompts"]]
+    lines += [
+        f"{r['stage']} by {r['judge']}: {r['requests']} requests, at most {r['most_prompt']} tokens read and "
+        f"{r['most_written']} written, {r['cost']:.4g} in money; nothing was asked"
+        for r in rows
+    ]
+    return "\n".join(lines)

@@ -7,21 +7,25 @@ from typing import Any
 
 from models.cache import AnswerCache
 from models.chat import ChatModel
+from models.endpoint import Endpoint
 from models.judges import ChatJudge
+from models.local_chat import LocalChat
 from models.prompts import EXPLAIN, RELEVANCE, VERIFY
 from models.rubric import load_rubric
+from transfer.asking import CACHE, local_chat, served_chat
 from transfer.core.config import Experiment
 from transfer.core.errors import TransferError
+from transfer.core.files import write_json
 from transfer.core.space import FeatureSet
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.explain import judged_relevance
 
-CACHE = "answers.sqlite"
-"""File of all answers, beside the finished stages."""
+USAGE = "usage.json"
+"""File of a stage that says what its judge took."""
 
 
-def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> ChatModel:
+def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> Endpoint | LocalChat:
     """The language model that the experiment's ``judge`` section names.
 
     Caps count over everything that earlier runs of the experiment have paid for.
@@ -33,48 +37,29 @@ def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> 
     if not settings.model:
         raise TransferError(f"The judge {kind!r} needs a model.", "Name one with --set judge.model=….")
     if kind == "local":
-        from models.language import LanguageModel
-        from models.local_chat import LocalChat
-
-        language = LanguageModel.load(settings.model, dtype=settings.dtype, device=settings.device)
-        return LocalChat(language, batch_size=settings.batch, cache=cache)
-    from models.endpoint import Endpoint
-
-    return Endpoint(
-        settings.base_url,
-        settings.model,
-        cache=cache,
-        key_variable=settings.key_variable,
-        concurrency=settings.concurrency,
-        retries=settings.retries,
-        timeout=settings.timeout,
-        prices=(settings.price_prompt, settings.price_written),
-        max_cost=settings.max_cost,
-        max_tokens=settings.max_tokens,
-        account=experiment.name,
-        limit_field=settings.limit_field,
-        omit=settings.omit,
-    )
+        return local_chat(settings.model, settings, cache)
+    return served_chat(settings.base_url, settings.model, settings, cache, experiment.name)
 
 
 def judge_inputs(experiment: Experiment) -> dict[str, Any]:
     """What of the ``judge`` section decides which features are relevant, for a stage's key; nothing by default.
 
-    How an answer is fetched (address, concurrency, prices) is not part of it.
+    How an answer is fetched (concurrency, prices) is not part of it, but who serves it is.
     """
     settings = experiment.judge
     if settings.kind == "statistical":
         return {} if settings.test == "enrichment" else {"judge": {"test": settings.test}}
     decisive = ("kind", "model", "threshold", "spans", "silent", *(("dtype",) if settings.kind == "local" else ()))
+    served = {"served_by": settings.served_by or settings.base_url.rstrip("/")} if settings.kind == "endpoint" else {}
     return {
-        "judge": {name: getattr(settings, name) for name in decisive},
+        "judge": {name: getattr(settings, name) for name in decisive} | served,
         "rubric": load_rubric(settings.rubric).id,
         "prompts": [p.id for p in (EXPLAIN, VERIFY, RELEVANCE)],
     }
 
 
 def relevant_by_chat(
-    store: ActivationStore, anchor: Corpus, experiment: Experiment, folder: Path, *, always_on: float = 0.5
+    store: ActivationStore, anchor: Corpus, experiment: Experiment, folder: Path, out: Path, *, always_on: float = 0.5
 ) -> FeatureSet:
     """The relevant features as the experiment's language model judges them.
 
@@ -83,6 +68,7 @@ def relevant_by_chat(
         anchor: The anchor's texts.
         experiment: Its ``judge`` section names the model, the rubric and the least label.
         folder: Where answers are kept.
+        out: Gets ``usage.json``: what was asked and what it took (requests, tokens, cost), cached or not.
         always_on: Features firing on more than this share of the texts are not judged.
 
     Raises:
@@ -90,14 +76,23 @@ def relevant_by_chat(
     """
     settings = experiment.judge
     with AnswerCache(folder / CACHE) as cache:
-        judge = ChatJudge(chat_model(experiment, settings.kind, cache), seed=experiment.seed)
-        return judged_relevance(
-            store,
-            anchor,
-            judge,
-            load_rubric(settings.rubric),
-            settings,
-            min_support=experiment.cover.min_docs,
-            always_on=always_on,
-            seed=experiment.seed,
-        )
+        chat = chat_model(experiment, settings.kind, cache)
+        found = relevant_to(chat, store, anchor, experiment, always_on=always_on)
+    write_json(out / USAGE, {"judge": chat.name, **chat.usage.to_dict()})
+    return found
+
+
+def relevant_to(
+    chat: ChatModel, store: ActivationStore, anchor: Corpus, experiment: Experiment, *, always_on: float = 0.5
+) -> FeatureSet:
+    """The relevant features as one chat model judges them by the experiment's rubric; see ``relevant_by_chat``."""
+    return judged_relevance(
+        store,
+        anchor,
+        ChatJudge(chat, seed=experiment.seed),
+        load_rubric(experiment.judge.rubric),
+        experiment.judge,
+        min_support=experiment.cover.min_docs,
+        always_on=always_on,
+        seed=experiment.seed,
+    )

@@ -63,7 +63,7 @@ def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tun
     by_label = {x: anchor.where(f"{anchor.name}/{x}", lambda t, x=x: t.label == x) for x in {t.label for t in anchor}}
 
     with pipeline.pool or contextlib.nullcontext():
-        generator = make_generator(synth, adapter, pipeline.pool)
+        generator = make_generator(synth, adapter, pipeline.pool, account=experiment.name)
 
         def write(missing: FeatureSet, added: list[str], number: int) -> SynthesisRun:
             spans = {

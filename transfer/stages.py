@@ -163,7 +163,7 @@ def cover(
             seed=experiment.seed,
         )
     else:
-        relevant = relevant_by_chat(store, corpora["anchor"], experiment, answers, always_on=settings.always_on)
+        relevant = relevant_by_chat(store, corpora["anchor"], experiment, answers, out, always_on=settings.always_on)
     report = coverage(
         store.space,
         anchor,

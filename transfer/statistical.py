@@ -22,6 +22,25 @@ SHARES = ((0.9, "Yes"), (0.6, "Probably"), (0.4, "Maybe"))
 MOST_TERMS = 12
 
 
+def side_of(rubric: Rubric, labels: Sequence[str], positive: Sequence[str] = ()) -> set[str]:
+    """The labels that stand for the rubric's side: its own ones, and ``positive`` where it names none.
+
+    A rubric's own labels stand alone, because with others beside them every rubric would get the same verdicts.
+
+    Raises:
+        TransferError: When no document has a label of that side, or all have.
+    """
+    wanted = set(rubric.positive or positive)
+    present = {x for x in labels if x}
+    if not present & wanted or not present - wanted:
+        raise TransferError(
+            f"The rubric {rubric.name} goes by the labels {', '.join(sorted(wanted)) or '(none)'}, and the texts have "
+            f"{', '.join(sorted(present)) or 'none'}.",
+            "Judge with a language model, or by a rubric of your own whose `positive` names one of these labels.",
+        )
+    return wanted
+
+
 class StatisticalJudge:
     """Labels each feature by how surely its activation goes with the rubric's side of labelled documents.
 
@@ -31,7 +50,7 @@ class StatisticalJudge:
         labels: Class of each document.
         topics: Topic of each document, or nothing.
         background: Words of the texts that descriptions are contrasted with.
-        positive: Labels of the task's side, beside those that the rubric names.
+        positive: Labels of the task's side for rubrics that name none themselves.
         delta: Thresholds [n_features]; each feature's own median by default.
         min_support: Fewest documents above the threshold.
         test: See ``relevance.judge_relevance``.
@@ -76,14 +95,8 @@ class StatisticalJudge:
         Raises:
             TransferError: When no document has a label of the rubric's side, or all have.
         """
-        wanted = {*rubric.positive, *self.positive}
+        wanted = side_of(rubric, self.labels, self.positive)
         columns = [i for i, f in enumerate(self.found.facets) if not f.startswith("topic ") and label_of(f) in wanted]
-        if not columns or not set(self.labels) - wanted:
-            raise TransferError(
-                f"The rubric {rubric.name} goes by the labels {', '.join(sorted(wanted)) or '(none)'}, and the texts "
-                f"have {', '.join(self.labels) or 'none'}.",
-                "Name the task's side with data.positive, or judge with a language model.",
-            )
         verdicts = tuple(self._verdict(case, columns) for case in cases)
         untested = sum(not self.found.tested[c.feature] for c in cases)
         return Judged(self.name, rubric.id, verdicts, {"judged": len(cases), "untested": untested})

@@ -68,7 +68,7 @@ def synth(
     own_label = dict(zip(relevant.features.tolist(), relevant.labels, strict=True))
     if not steered:
         settings = settings.model_copy(update={"generator": "steered", "search": False})
-    generator = make_generator(settings, adapters[writer], pool)
+    generator = make_generator(settings, adapters[writer], pool, account=experiment.name)
     targets = [Target(o, mappings[n], load_delta(covered[n][1])) for n, o in adapters.items() if n != source]
     background = WordCounts(t.text for t in anchor) if settings.generator == "chat" else None
     directions = adapter.dictionary.directions()
@@ -168,7 +168,7 @@ def generic(
         settings = settings.model_copy(update={"generator": "steered"})
     adapter = adapters[writer]
     run = write_generic(
-        make_generator(settings, adapter, pool),
+        make_generator(settings, adapter, pool, account=experiment.name),
         adapter.space,
         corpora["anchor"],
         settings.features * (settings.explore + settings.contrast),

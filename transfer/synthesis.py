@@ -296,4 +296,6 @@ def _info(
         info["duplicates"] = options.duplicates
     if replies:
         info["replies"] = dict(sorted(replies.items()))
+    if usage := getattr(run.loop.generator, "used", dict)():
+        info["usage"] = usage
     return info

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from models.adapter import Adapter
+from models.cache import AnswerCache
 from models.chat import ChatModel
 from models.generators import Generator
 from models.steered import SteeredGenerator
-from transfer.core.config import SynthSection
+from transfer.asking import CACHE, local_chat, served_chat
+from transfer.core.config import SynthSection, runs_folder
 from transfer.core.errors import TransferError
 from transfer.core.span import Span
 from transfer.core.texts import Text
@@ -22,7 +24,12 @@ from transfer.words import WordCounts, describe
 
 
 def make_generator(
-    settings: SynthSection, adapter: Adapter, pool: Workers | None = None, chat: ChatModel | None = None
+    settings: SynthSection,
+    adapter: Adapter,
+    pool: Workers | None = None,
+    chat: ChatModel | None = None,
+    *,
+    account: str = "",
 ) -> Generator:
     """The generator that writes for the features of ``adapter``.
 
@@ -31,6 +38,7 @@ def make_generator(
         adapter: Model and SAE whose features are asked for; ``steered`` and ``guided`` write with that model.
         pool: Worker processes, for local generators.
         chat: The chat model of a ``chat`` generator; by default the one that the settings name.
+        account: Name of the experiment, over whose runs the caps of ``synth.asking`` count.
 
     Raises:
         TransferError: When the chat model cannot be used.
@@ -39,7 +47,7 @@ def make_generator(
         from models.chat_generator import ChatGenerator
 
         return ChatGenerator(
-            chat or make_chat(settings),
+            chat or make_chat(settings, account),
             format_name=settings.format,
             per_request=settings.per_request,
             temperature=settings.temperature,
@@ -61,29 +69,26 @@ def make_generator(
     return SteeredGenerator(adapter.language, adapter.space.layer, **common)
 
 
-def make_chat(settings: SynthSection) -> ChatModel:
-    """The chat model that ``synth.chat`` names.
+def make_chat(settings: SynthSection, account: str = "") -> ChatModel:
+    """The chat model that ``synth.chat`` names, asked as ``synth.asking`` says.
+
+    Its answers are kept beside the finished stages. What writing takes is booked apart from what judging takes, so
+    each section's caps count its own requests.
 
     Raises:
-        TransferError: For a reference of no known kind.
+        TransferError: For a reference of no known kind, or settings that the server's adapter refuses.
     """
     ref = settings.chat
-    if ref.startswith("local:"):
-        from models.language import kept_language
-        from models.local_chat import LocalChat
-
-        return LocalChat(kept_language(ref.removeprefix("local:")))
     address, _, model = ref.partition("#")
-    if not address.startswith(("http://", "https://")) or not model:
+    local = ref.startswith("local:")
+    if not local and (not address.startswith(("http://", "https://")) or not model):
         raise TransferError(
             f"synth.chat is {ref!r}.", "Write local:<model reference> or http(s)://<address>/v1#<model>."
         )
-    from models.cache import AnswerCache
-    from models.endpoint import Endpoint
-    from transfer.core.config import runs_folder
-
-    cache = AnswerCache(runs_folder() / ".store" / "answers.sqlite")
-    return Endpoint(address, model, cache=cache, key_variable=settings.chat_key)
+    cache = AnswerCache(runs_folder() / ".store" / CACHE)
+    if local:
+        return local_chat(ref.removeprefix("local:"), settings.asking, cache)
+    return served_chat(address, model, settings.asking, cache, f"{account}/synth" if account else "")
 
 
 def make_options(

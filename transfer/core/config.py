@@ -132,10 +132,31 @@ class CoverSection(Section):
     )
 
 
+class AskSection(Section):
+    """How a chat model is asked, and what that may cost; prices and caps are those of a server."""
+
+    key_variable: str = Field("", description="Environment variable that holds the key; empty for none.")
+    concurrency: int = Field(8, ge=1, description="Requests in flight at most.")
+    retries: int = Field(5, ge=0)
+    timeout: float = Field(120.0, gt=0, description="Seconds to wait for one answer.")
+    batch: int = Field(16, ge=1, description="Rows of a local model's forward pass.")
+    device: str = Field("cpu", description="Where a local model runs, such as cuda.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of a local model's weights.")
+    price_prompt: float = Field(0.0, ge=0, description="Currency per million tokens read.")
+    price_written: float = Field(0.0, ge=0, description="Currency per million tokens written.")
+    max_cost: float | None = Field(None, ge=0, description="Cap in that currency, over all runs of this experiment.")
+    max_tokens: int | None = Field(None, ge=0, description="Cap on tokens, over all runs of this experiment.")
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    omit: tuple[str, ...] = Field((), description="Request fields that the server does not take, such as seed.")
+    served_by: str = Field(
+        "", description="Under what a server's answers are kept; its address by default. Name one that moves."
+    )
+
+
 JudgeKind = Literal["statistical", "endpoint", "local"]
 
 
-class JudgeSection(Section):
+class JudgeSection(AskSection):
     """Who says what a feature is about and whether it matters, and what that may cost."""
 
     kind: JudgeKind = Field("statistical", description="statistical (offline), endpoint (a server) or local (a model).")
@@ -150,19 +171,6 @@ class JudgeSection(Section):
     shown_fraction: float = Field(0.6, gt=0, lt=1, description="Share of the texts that explanations may see.")
     model: str = Field("", description="The server's name of the model, or a model reference for `local`.")
     base_url: str = Field("http://localhost:8000/v1", description="Address of an OpenAI-compatible server.")
-    key_variable: str = Field("", description="Environment variable that holds the key; empty for none.")
-    concurrency: int = Field(8, ge=1, description="Requests in flight at most.")
-    retries: int = Field(5, ge=0)
-    timeout: float = Field(120.0, gt=0, description="Seconds to wait for one answer.")
-    batch: int = Field(16, ge=1, description="Rows of a local model's forward pass.")
-    device: str = Field("cpu", description="Where a local model runs, such as cuda.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of a local model's weights.")
-    price_prompt: float = Field(0.0, ge=0, description="Currency per million tokens read.")
-    price_written: float = Field(0.0, ge=0, description="Currency per million tokens written.")
-    max_cost: float | None = Field(None, ge=0, description="Cap in that currency, over all runs of this experiment.")
-    max_tokens: int | None = Field(None, ge=0, description="Cap on tokens, over all runs of this experiment.")
-    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    omit: tuple[str, ...] = Field((), description="Request fields that the server does not take, such as seed.")
 
     @field_validator("threshold", mode="before")
     @classmethod
@@ -194,7 +202,9 @@ class SynthSection(Section):
     guide: float = Field(4.0, ge=0, description="Guided: nats that one threshold's worth of activation weighs.")
     guide_tokens: int = Field(16, ge=1, description="Guided: tokens compared at each step.")
     chat: str = Field("", description="Chat model: local:<model reference> or http(s)://…/v1#<model>.")
-    chat_key: str = Field("", description="Environment variable with the key of the chat endpoint.")
+    asking: AskSection = Field(
+        default_factory=lambda: AskSection.model_validate({}), description="How that chat model is asked; its caps."
+    )
     per_request: int = Field(4, ge=1, description="Texts of one feature asked of the chat model at once.")
     format: Literal["query", "preference", "ab", "instruction"] = Field(
         "query", description="Kind of example; all but query need a chat model."

@@ -36,6 +36,10 @@ class RunDir:
         with (self.path / "events.jsonl").open("a", encoding="utf8") as handle:
             handle.write(json.dumps(line) + "\n")
 
+    def place(self, name: str, inputs: dict[str, Any]) -> Path:
+        """Folder of a stage with these inputs, finished or not."""
+        return self.store / name / digest({"stage": name, "schema": SCHEMA, **inputs})
+
     def stage(self, name: str, inputs: dict[str, Any], work: Callable[[Path], None], label: str = "") -> Path:
         """Run ``work(folder)`` unless the same inputs have been worked through before.
 
@@ -50,8 +54,8 @@ class RunDir:
             The finished stage's folder.
         """
         title = f"{name} {label}".strip()
-        key = digest({"stage": name, "schema": SCHEMA, **inputs})
-        folder = self.store / name / key
+        folder = self.place(name, inputs)
+        key = folder.name
         self.stages[title] = f"{name}/{key}"
         if finished(folder):
             say(f"{title}  reused {key[:6]}")
