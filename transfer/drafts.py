@@ -215,6 +215,7 @@ class Loop:
                 shown=(*d.request.examples, d.request.pair.positive if d.request.pair else ""),
                 malformed=d.malformed,
                 targets=tuple(found[i] for found in targets.values() if i in found),
+                opening=d.request.opening,
             )
             for i, d in enumerate(drafts)
         ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
 
 from transfer.core.errors import TransferError
+from transfer.core.span import opened
 
 NEAR = 0.6
 """Texts whose word 5-grams have a larger Jaccard index than this are near-duplicates."""
@@ -150,6 +152,43 @@ class Contamination:
 
     def __contains__(self, text: str) -> bool:
         return not self._runs.isdisjoint(self._of(text))
+
+
+def continued(texts: Iterable[tuple[str, str]], known: Iterable[str]) -> list[bool]:
+    """Which texts say nothing of their own behind the words they were made to start with.
+
+    Of a text that starts with its opening, more than ``NEAR`` of the 5-grams that reach behind it stand in one and the
+    same known text, or nothing stands behind it. A Jaccard index overlooks that: the known text may be much longer.
+    Memory: the places in ``known`` of these grams alone.
+
+    Args:
+        texts: (text, opening); an empty opening, or one that the text does not start with, is never found.
+        known: Texts seen before.
+    """
+    parts = [_behind(text, opening) for text, opening in texts]
+    wanted = frozenset(gram for part in parts for gram in part or ())
+    where: dict[int, list[int]] = {}
+    for number, text in enumerate(known if wanted else ()):
+        for gram in shingles(text) & wanted:
+            where.setdefault(gram, []).append(number)
+    found = []
+    for part in parts:
+        shared = Counter(number for gram in part or () for number in where.get(gram, ()))
+        most = max(shared.values(), default=0)
+        found.append(part is not None and (not part or most > NEAR * len(part)))
+    return found
+
+
+def _behind(text: str, opening: str) -> frozenset[int] | None:
+    """The 5-grams that reach behind the opening; None for a text that does not start with one."""
+    if not opened(text, opening):
+        return None
+    found, start = words(text), words(opening)
+    # The last word of the opening may have been carried on, so it is compared too.
+    copied = next((i for i, (a, b) in enumerate(zip(found, start, strict=False)) if a != b), len(start))
+    if len(found) <= copied:
+        return frozenset()
+    return frozenset(_hash(" ".join(found[i : i + 5])) for i in range(max(0, copied - 4), max(1, len(found) - 4)))
 
 
 def shingles(text: str) -> frozenset[int]:

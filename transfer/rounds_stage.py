@@ -23,7 +23,7 @@ from transfer.spans import top_spans
 from transfer.splits import check_corpora
 from transfer.synthesis import steering_vectors, synthesise
 from transfer.words import WordCounts
-from transfer.writing import make_generator, make_options
+from transfer.writing import make_generator, make_openings, make_options
 
 
 def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tune: bool = False) -> Rounds:
@@ -85,7 +85,7 @@ def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tun
                 n=both if synth.steps == 1 else synth.explore,
                 m=0 if synth.steps == 1 else synth.contrast,
                 few_shot=synth.examples,
-                openings={i: [o for s in spans[i][: synth.examples] if (o := s.opening())] for i in spans},
+                openings=make_openings(synth, spans),
                 # Another round asks for the same features anew.
                 seed=experiment.seed + 1000 * number,
                 options=make_options(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from models.generators import Generator
 from transfer.core.errors import TransferError
@@ -179,9 +180,7 @@ def synthesise(
         recovered = {d.request.feature for d, v in zip(run.drafts, judged, strict=True) if v == "kept"} - got
         rounds.append({"n_features": len(barren), "n_candidates": made, "n_recovered": len(recovered)})
 
-    kept_docs = loop.rows([d.text for d, v in zip(run.drafts, judged, strict=True) if v == "kept"])
-    n_hit, _ = missing_hit_rate(missing, kept_docs, delta)
-    return SynthesisRun(
+    made = SynthesisRun(
         source=adapter.space.id,
         generator=generator.name,
         pool=pool,
@@ -191,8 +190,32 @@ def synthesise(
             for i, (d, v) in enumerate(zip(run.drafts, judged, strict=True))
         ),
         n_missing=len(missing),
-        n_hit=n_hit,
+        n_hit=0,
         info=_info(options, run, rounds, ids, targets, Counter(getattr(generator, "counts", {})) - before_replies),
+    )
+    return with_hits(made, missing, loop.rows([c.text for c in made.kept]), delta)
+
+
+def with_hits(run: SynthesisRun, missing: FeatureSet, kept_docs: sp.csr_matrix, delta: np.ndarray) -> SynthesisRun:
+    """The run with its hits counted: of all kept texts, of those with an opening, and of those without.
+
+    Args:
+        run: The synthesis.
+        missing: The features that the hit rate refers to.
+        kept_docs: Codes of ``run.kept`` in that order, [texts, n_features].
+        delta: Thresholds, [n_features].
+    """
+    opened = np.array([c.opened for c in run.kept], dtype=bool)
+
+    def hits(chosen: np.ndarray) -> int:
+        return missing_hit_rate(missing, kept_docs[np.flatnonzero(chosen)], delta)[0]
+
+    return dataclasses.replace(
+        run,
+        n_missing=len(missing),
+        n_hit=hits(np.ones_like(opened)),
+        n_hit_opened=hits(opened),
+        n_hit_free=hits(~opened),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from transfer.core.errors import TransferError
-from transfer.duplicates import DUPLICATES, NEAR, jaccard, shingles, words
+from transfer.duplicates import DUPLICATES, NEAR, continued, jaccard, shingles, words
 
 VERDICTS = (
     "kept",
@@ -25,7 +25,8 @@ VERDICTS = (
 )
 """After ``kept``, the reasons of rejection in the order in which they are looked for.
 
-``malformed``: the fields of a structured example do not fit its format. ``contaminated``: it shares a passage with the
+``malformed``: the fields of a structured example do not fit its format. ``copy``: it is a near-duplicate of a text seen
+before, or goes on behind its opening as such a text does. ``contaminated``: it shares a passage with the
 evaluation data. ``below_target``: the source's feature fires as required, the matched feature of every target does not.
 """
 Require = Literal["source", "target", "either", "both"]
@@ -50,6 +51,8 @@ class Written:
     """What is wrong with the fields of a structured example."""
     targets: tuple[tuple[float, float], ...] = field(default=())
     """(activation, threshold) of the matched feature, for each target space that has one."""
+    opening: str = ""
+    """Anchor span that it was made to start with."""
 
 
 def fault(text: str) -> str:
@@ -109,7 +112,9 @@ def judge(
         raise TransferError(f"Unknown requirement {require!r}.", f"Known: {', '.join(get_args(Require))}.")
     if duplicates not in DUPLICATES:
         raise TransferError(f"Unknown search for duplicates {duplicates!r}.", f"Known: {', '.join(DUPLICATES)}.")
-    known = DUPLICATES[duplicates](known_texts)
+    before = list(known_texts)
+    known = DUPLICATES[duplicates](before)
+    goes_on = continued([(w.text, w.opening) for w in written], before)
     verdicts = [""] * len(written)
     passing: dict[int, list[tuple[float, int]]] = {}
     for i, w in enumerate(written):
@@ -120,7 +125,7 @@ def judge(
             verdicts[i] = wrong
         elif w.text in protected:
             verdicts[i] = "contaminated"
-        elif w.text in known or any(jaccard(shingles(w.text), shingles(x)) > NEAR for x in w.shown):
+        elif goes_on[i] or w.text in known or any(jaccard(shingles(w.text), shingles(x)) > NEAR for x in w.shown):
             verdicts[i] = "copy"
         elif below := passes(w, require):
             verdicts[i] = below

@@ -86,6 +86,13 @@ def make_chat(settings: SynthSection) -> ChatModel:
     return Endpoint(address, model, cache=cache, key_variable=settings.chat_key)
 
 
+def make_openings(settings: SynthSection, spans: Mapping[int, Sequence[Span]]) -> dict[int, list[str]]:
+    """Per feature, what every other text starts with; nothing where openings are switched off."""
+    if not settings.openings:
+        return {}
+    return {i: [o for span in found[: settings.examples] if (o := span.opening())] for i, found in spans.items()}
+
+
 def make_options(
     settings: SynthSection,
     adapter: Adapter,

@@ -162,6 +162,9 @@ class SynthSection(Section):
     temperature: float = Field(0.8, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
     budget: int = Field(40, ge=2, description="Synthetic examples each arm adds to the seed data.")
+    openings: bool = Field(
+        True, description="Every other text starts with a few words of an anchor text, up to where its feature fires."
+    )
 
     generator: Literal["steered", "guided", "chat"] = Field(
         "steered",

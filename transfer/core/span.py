@@ -10,6 +10,11 @@ WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _SENTENCE = re.compile(r"[.!?]+[\"'’)]*\s+")
 
 
+def opened(text: str, opening: str) -> bool:
+    """Whether a text starts with its opening; a chat model may not have kept to it."""
+    return bool(opening) and text.casefold().startswith(opening.casefold())
+
+
 @dataclass(frozen=True)
 class Span:
     """A document in which a feature fires, and where."""
