@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,11 @@ def test_target_scores_come_from_the_matched_feature():
     assert all(c.target_scores == {target.space.id: 0.0} for c in kept if c.feature == 0)
     again = score_targets(scored, CountingAdapter("mistral"), {0: 0})
     assert all(len(c.target_scores) == 2 and max(c.target_scores.values()) > 1 for c in again.kept if c.feature == 0)
-    assert not any(c.target_scores for c in scored.candidates if c.verdict != "kept")
+    below = [c for c in again.candidates if c.verdict == "below_threshold" and c.feature == 0]
+    assert below and all(len(c.target_scores) == 2 for c in below)
+    unread = dataclasses.replace(below[0], verdict="unparsable", target_scores={})
+    both = dataclasses.replace(made, candidates=(below[0], unread))
+    assert [len(c.target_scores) for c in score_targets(both, target, {0: 3}).candidates] == [2, 0]
 
 
 def test_selection_gives_every_feature_one_before_any_gets_two():

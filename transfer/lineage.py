@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,10 @@ def rows(run: SynthesisRun) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def write_jsonl(run: SynthesisRun, path: Path) -> None:
-    """Every candidate with its lineage, one JSON object a line, atomically."""
+def write_jsonl(candidates: Iterable[Candidate], path: Path) -> None:
+    """Candidates with their lineage, one JSON object a line, atomically."""
     with replacing(Path(path)) as part, part.open("w", encoding="utf8") as lines:
-        for c in run.candidates:
+        for c in candidates:
             lines.write(json.dumps(plain(dataclasses.asdict(c)), ensure_ascii=False, sort_keys=True) + "\n")
 
 
@@ -125,7 +125,7 @@ def write_dataset(run: SynthesisRun, folder: Path, facts: CardFacts) -> dict[str
             "Look at the reasons of rejection first.",
         )
     folder = Path(folder)
-    write_jsonl(run, folder / "candidates.jsonl")
+    write_jsonl(run.candidates, folder / "candidates.jsonl")
     write_parquet(run, folder / "data" / "kept.parquet", kept=True)
     write_parquet(run, folder / "data" / "candidates.parquet")
     counts = card_counts(run)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +65,29 @@ def find_synthesis(place: Path, model: str | None) -> Path:
     return found[model] / "synthesis.json"
 
 
+def origin(place: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sources of the anchor and seed texts, and the last command that wrote, as a run's folder knows them.
+
+    A ``synthesis.json`` by itself knows neither.
+    """
+    import yaml
+
+    from transfer.core.config import Experiment
+    from transfer.pipeline import STAGES
+
+    sources: tuple[str, ...] = ()
+    if (place / "experiment.yaml").is_file():
+        data = Experiment.model_validate(yaml.safe_load((place / "experiment.yaml").read_text("utf8"))).data
+        sources = tuple(dict.fromkeys(s for s in (data.anchor or data.source, data.seed or data.source) if s))
+    written: tuple[str, ...] = ()
+    if (place / "events.jsonl").is_file():
+        events = map(json.loads, (place / "events.jsonl").read_text("utf8").splitlines())
+        late = STAGES[STAGES.index("synth") :]
+        commands = [e["command"] for e in events if e["event"] == "command" and e["stage"] in late]
+        written = tuple(commands[-1:])
+    return sources, written
+
+
 @synth.command()
 def export(
     place: Annotated[Path, typer.Argument(help="A run's folder, or a synthesis.json.")],
@@ -90,7 +115,9 @@ def export(
     if to == "dataset":
         # Where the texts came from no longer shows: a label that speaks of harm counts, whatever the data was.
         harmful = bool(run.info.get("folded")) or any(is_harmful(c.label) for c in run.kept)
-        facts = CardFacts(name, licence, licence_note, command=" ".join(command_line()), harmful=harmful)
+        sources, written_by = origin(place)
+        command = "; ".join([*written_by, shlex.join(command_line())])
+        facts = CardFacts(name, licence, licence_note, sources, command, harmful=harmful)
         found |= write_dataset(run, out, facts)
     elif to == "trl":
         found["n_rows"] = write_trl(select(run, per_feature=per_feature), out / f"{name}.jsonl")

@@ -27,7 +27,7 @@ from transfer.coverage import missing_hit_rate
 from transfer.drafts import Asked, Loop, Scorer, Target, encode, in_targets
 from transfer.passes import Passes
 from transfer.strength import StrengthSearch
-from transfer.verdicts import Require, judge
+from transfer.verdicts import UNREAD, Require, judge
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +235,7 @@ def steering_vectors(directions: np.ndarray, size: np.ndarray | float) -> np.nda
 
 
 def score_targets(run: SynthesisRun, target: Scorer, mapping: Mapping[int, int]) -> SynthesisRun:
-    """Score the kept texts in another model's space.
+    """Score the texts in another model's space, kept or not.
 
     Args:
         run: The synthesis.
@@ -243,9 +243,10 @@ def score_targets(run: SynthesisRun, target: Scorer, mapping: Mapping[int, int])
         mapping: Source feature to its match in the target; features without one get no score there.
 
     Returns:
-        The same run with ``target_scores[target.space.id]`` filled for kept candidates of matched features.
+        The same run with ``target_scores[target.space.id]`` filled for candidates of matched features whose text can
+        be read (``UNREAD`` lists the verdicts without).
     """
-    rows = [i for i, c in enumerate(run.candidates) if c.verdict == "kept" and c.feature in mapping]
+    rows = [i for i, c in enumerate(run.candidates) if c.verdict not in UNREAD and c.feature in mapping]
     docs, place = encode(target, (run.candidates[i].text for i in rows), "score in the target")
     out = list(run.candidates)
     for i in rows:

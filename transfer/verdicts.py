@@ -29,6 +29,8 @@ VERDICTS = (
 before, or goes on behind its opening as such a text does. ``contaminated``: it shares a passage with the
 evaluation data. ``below_target``: the source's feature fires as required, the matched feature of every target does not.
 """
+UNREAD = ("empty", "unparsable", "malformed")
+"""Verdicts of texts that no model is given to read, so that they have no score."""
 Require = Literal["source", "target", "either", "both"]
 """Where a text must pass the threshold: the feature it was written for, its match in a target space, or a mixture.
 
