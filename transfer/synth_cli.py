@@ -80,9 +80,11 @@ def origin(place: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         data = Experiment.model_validate(yaml.safe_load((place / "experiment.yaml").read_text("utf8"))).data
         sources = tuple(dict.fromkeys(s for s in (data.anchor or data.source, data.seed or data.source) if s))
     written: tuple[str, ...] = ()
-    if (place / "events.jsonl").is_file():
-        events = map(json.loads, (place / "events.jsonl").read_text("utf8").splitlines())
-        late = STAGES[STAGES.index("synth") :]
+    rounds = (place / "rounds.json").is_file()
+    log = (place.parent if rounds else place) / "events.jsonl"
+    if log.is_file():
+        events = map(json.loads, log.read_text("utf8").splitlines())
+        late = ("rounds",) if rounds else STAGES[STAGES.index("synth") :]
         commands = [e["command"] for e in events if e["event"] == "command" and e["stage"] in late]
         written = tuple(commands[-1:])
     return sources, written
@@ -90,7 +92,7 @@ def origin(place: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @synth.command()
 def export(
-    place: Annotated[Path, typer.Argument(help="A run's folder, or a synthesis.json.")],
+    place: Annotated[Path, typer.Argument(help="A run's folder, its rounds-<model>, or a synthesis.json.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     to: Annotated[str, typer.Option(help="dataset (with card and lineage), trl, alpaca or sharegpt.")] = "dataset",
     model: Annotated[str | None, typer.Option(help="Which writer of the run.")] = None,
@@ -153,6 +155,7 @@ def rounds(
 
     how = RoundSettings(n, patience, least_gain, budget, per_feature)
     pipeline = Pipeline(load_experiment(config, settings), runs_folder(), command_line())
+    pipeline.dir.event("rounds", "command", command=shlex.join(pipeline.command))
     found = model_rounds(pipeline, model, how, tune=tune).summary()
     if as_json:
         show(found)
@@ -163,4 +166,5 @@ def rounds(
         + ("" if r["score"] is None else f"  score {r['score']:.3f}")
         for r in found["rounds"]
     ]
-    show("\n".join([*lines, f"stopped: {found['stopped']}"]))
+    texts = [f"texts: transfer synth export {found['place']} --out <folder>"] if found["n_candidates"] else []
+    show("\n".join([*lines, f"stopped: {found['stopped']}", *texts]))
