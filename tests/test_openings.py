@@ -103,6 +103,7 @@ def test_what_follows_the_opening_may_not_be_the_anchor_texts_own_continuation()
     assert verdict(opening, opening) == "copy"
     assert verdict(f"{opening} and then it went on to something else altogether", opening) == "kept"
     assert verdict(" ".join(words[20:31]) + " and then it went on to something else", opening) == "kept"
+    assert verdict(f"my {opening} then " + " ".join(words[40:50]), f"my {opening}") == "kept"  # it comes from elsewhere
     # Nothing is asked of a text that does not start with it.
     assert verdict("not " + " ".join(words[20:36]), opening) == "kept"
     assert verdict(f"{opening}s", opening) == "kept"

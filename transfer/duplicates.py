@@ -157,25 +157,28 @@ class Contamination:
 def continued(texts: Iterable[tuple[str, str]], known: Iterable[str]) -> list[bool]:
     """Which texts say nothing of their own behind the words they were made to start with.
 
-    Of a text that starts with its opening, more than ``NEAR`` of the 5-grams that reach behind it stand in one and the
-    same known text, or nothing stands behind it. A Jaccard index overlooks that: the known text may be much longer.
+    Of a text that starts with its opening, more than ``NEAR`` of the 5-grams that reach behind it stand in one known
+    text that holds the opening too, or nothing stands behind it. A Jaccard index overlooks that: the known text may be
+    much longer.
     Memory: the places in ``known`` of these grams alone.
 
     Args:
         texts: (text, opening); an empty opening, or one that the text does not start with, is never found.
         known: Texts seen before.
     """
+    texts = list(texts)
     parts = [_behind(text, opening) for text, opening in texts]
     wanted = frozenset(gram for part in parts for gram in part or ())
-    where: dict[int, list[int]] = {}
-    for number, text in enumerate(known if wanted else ()):
+    where: dict[int, list[str]] = {}
+    for text in known if wanted else ():
         for gram in shingles(text) & wanted:
-            where.setdefault(gram, []).append(number)
+            where.setdefault(gram, []).append(text)
     found = []
-    for part in parts:
-        shared = Counter(number for gram in part or () for number in where.get(gram, ()))
-        most = max(shared.values(), default=0)
-        found.append(part is not None and (not part or most > NEAR * len(part)))
+    for part, (_, opening) in zip(parts, texts, strict=True):
+        shared = Counter(text for gram in part or () for text in where.get(gram, ()))
+        start = f" {' '.join(words(opening))}"
+        goes_on = any(n > NEAR * len(part or ()) and start in f" {' '.join(words(text))}" for text, n in shared.items())
+        found.append(part is not None and (not part or goes_on))
     return found
 
 
