@@ -14,6 +14,25 @@ from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.span import opened
 
 
+def _read(path: Path, kind: type[Any], what: str) -> dict[str, Any]:
+    """The fields that ``kind.save`` wrote.
+
+    Raises:
+        TransferError: When the file holds something else.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or "schema" not in data:
+        raise TransferError(f"{path} is no {what}.", f"Name a file that a stage wrote as its {what}.")
+    del data["schema"]
+    known = {f.name for f in dataclasses.fields(kind)}
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    if odd := sorted((data.keys() - known) | (needed - data.keys())):
+        raise TransferError(
+            f"{path} is no {what}: {odd[0]!r} is unknown or missing.", f"Name a {what} of this version."
+        )
+    return data
+
+
 @dataclass(frozen=True)
 class CoverageReport:
     """Feature Activation Coverage of one dataset against an anchor, in one space."""
@@ -95,12 +114,11 @@ class CoverageReport:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what ``save`` wrote."""
-        data = read_json(Path(path))
-        data.pop("schema")
+        data = _read(Path(path), cls, "coverage report")
         data["space"] = FeatureSpace(**data["space"])
         for name in ("relevant", "anchor_features", "covered", "missing"):
             data[name] = FeatureSet.from_dict(data[name])
-        data["costs"] = tuple(data["costs"])
+        data["costs"] = tuple(data.get("costs", ()))
         return cls(**data)
 
 
@@ -224,8 +242,7 @@ class SynthesisRun:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what ``save`` wrote."""
-        data = read_json(Path(path))
-        data.pop("schema")
+        data = _read(Path(path), cls, "synthesis")
         data["candidates"] = tuple(Candidate(**c) for c in data["candidates"])
         return cls(**data)
 
