@@ -19,7 +19,7 @@ from transfer.core.formats import FORMATS, get_format
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.drafts import Target
-from transfer.duplicates import NEAR, Contamination, MinHashDuplicates, NearDuplicates, jaccard, shingles
+from transfer.duplicates import NEAR, Contamination, Copies, MinHashDuplicates, NearDuplicates, jaccard, shingles, words
 from transfer.safety import check_allowed, is_harmful, shown
 from transfer.strength import Probe, StrengthSearch, find_strengths
 from transfer.synthesis import Options, synthesise
@@ -342,6 +342,12 @@ def test_contamination_is_any_shared_run_or_the_whole_of_a_short_text() -> None:
         Contamination([], 0)
 
 
+@given(st.text("ab ,.", max_size=12), st.text("ab ,.", max_size=12), st.integers(1, 4))
+def test_a_copy_is_contaminated_at_any_length_of_run(one: str, other: str, n: int) -> None:
+    assert (other in Copies([one])) == (words(one) == words(other) != [])
+    assert other not in Copies([one]) or other in Contamination([one], n)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
 def test_minhash_agrees_with_the_exact_search_away_from_the_limit(seed: int) -> None:
@@ -417,12 +423,12 @@ def test_long_texts_are_folded_only_where_asked() -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    for wrong, words in (
+    for wrong, said in (
         (["synth.generator=chat"], "names no model"),
         (["synth.format=ab"], "needs synth.generator: chat"),
         (["synth.generator=chat", "synth.chat=local:zoo:qwen", "synth.search=true"], "is not steered"),
         (["synth.steps=3"], "steps"),
     ):
-        with pytest.raises(TransferError, match=words):
+        with pytest.raises(TransferError, match=said):
             load_experiment("demo", wrong)
     assert load_experiment("demo").synth.generator == "steered"

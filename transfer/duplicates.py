@@ -154,6 +154,22 @@ class Contamination:
         return not self._runs.isdisjoint(self._of(text))
 
 
+class Copies:
+    """Whole texts that no training text may repeat; case, punctuation and white space do not count.
+
+    What ``Contamination`` refuses at any ``n`` includes this. Memory: one hash a text.
+
+    Args:
+        texts: Texts to protect, such as the evaluation set.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._whole = {_hash(" ".join(found)) for text in texts if (found := words(text))}
+
+    def __contains__(self, text: str) -> bool:
+        return _hash(" ".join(words(text))) in self._whole
+
+
 def continued(texts: Iterable[tuple[str, str]], known: Iterable[str]) -> list[bool]:
     """Which texts say nothing of their own behind the words they were made to start with.
 

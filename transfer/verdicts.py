@@ -25,9 +25,10 @@ VERDICTS = (
 )
 """After ``kept``, the reasons of rejection in the order in which they are looked for.
 
-``malformed``: the fields of a structured example do not fit its format. ``copy``: it is a near-duplicate of a text seen
-before, or goes on behind its opening as such a text does. ``contaminated``: it shares a passage with the
-evaluation data. ``below_target``: the source's feature fires as required, the matched feature of every target does not.
+``malformed``: the fields of a structured example do not fit its format. ``contaminated``: it repeats an evaluation
+text, or shares a passage with one. ``copy``: it is a near-duplicate of a text seen before, or goes on behind its
+opening as such a text does. ``below_target``: the source's feature fires as required, the matched feature of every
+target does not.
 """
 UNREAD = ("empty", "unparsable", "malformed")
 """Verdicts of texts that no model is given to read, so that they have no score."""

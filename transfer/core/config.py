@@ -191,7 +191,9 @@ class SynthSection(Section):
     )
     duplicates: Literal["exact", "minhash"] = Field("exact", description="How near-duplicates are looked for.")
     decontaminate: int = Field(
-        0, ge=0, description="Texts that share this many words in a row with an evaluation text are out; 0: not looked."
+        0,
+        ge=0,
+        description="Texts that share this many words in a row with an evaluation text are out; 0: whole copies.",
     )
     allow_harmful: bool = Field(
         False, description="Write texts of a harmful class from your own data (see transfer/safety.py)."
