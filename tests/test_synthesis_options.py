@@ -18,8 +18,9 @@ from transfer.core.errors import TransferError
 from transfer.core.formats import FORMATS, get_format
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
+from transfer.core.span import words
 from transfer.drafts import Target
-from transfer.duplicates import NEAR, Contamination, Copies, MinHashDuplicates, NearDuplicates, jaccard, shingles, words
+from transfer.duplicates import NEAR, Contamination, Copies, MinHashDuplicates, NearDuplicates, jaccard, shingles
 from transfer.safety import check_allowed, is_harmful, shown
 from transfer.strength import Probe, StrengthSearch, find_strengths
 from transfer.synthesis import Options, synthesise
@@ -298,6 +299,21 @@ def test_a_bad_record_says_what_is_wrong(name: str, change: dict[str, Any], wron
         assert f"no {field}" in get_format(name).parse({k: v for k, v in GOOD[name].items() if k != field})[1]
     for broken in ("not json", "[1]", "3", "[" * 9999):
         assert get_format(name).parse(broken)[0] == {} and get_format(name).parse(broken)[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "repeats"),
+    [
+        ("p", "panda bears are nice", False),
+        ("p", "p is a letter of it", True),
+        ("How?", "How? I do not know.", True),
+        ("How?", "However you like to.", False),
+        ("什么是爱", "什么是爱？爱是给予。", True),
+    ],
+)
+def test_a_prompt_is_repeated_only_as_whole_words(prompt: str, chosen: str, repeats: bool) -> None:
+    record = {"prompt": prompt, "chosen": chosen, "rejected": "哪里都不去" if prompt > "z" else "some other answer"}
+    assert get_format("preference").parse(record)[1] == ("repeats the prompt in chosen" if repeats else "")
 
 
 def test_structured_examples_keep_their_record_and_malformed_ones_their_reason() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -11,11 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from transfer.core.errors import TransferError
-from transfer.core.span import opened
+from transfer.core.span import opened, words
 
 NEAR = 0.6
 """Texts whose word 5-grams have a larger Jaccard index than this are near-duplicates."""
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 class Seen(Protocol):
@@ -222,11 +220,6 @@ def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
     """Shared part of two sets; 0 when both are empty."""
     union = len(a | b)
     return len(a & b) / union if union else 0.0
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, without case."""
-    return [m.group().casefold() for m in _WORD.finditer(text)]
 
 
 def _hash(text: str) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from transfer.core.errors import TransferError
-from transfer.duplicates import DUPLICATES, NEAR, continued, jaccard, shingles, words
+from transfer.core.span import words
+from transfer.duplicates import DUPLICATES, NEAR, continued, jaccard, shingles
 
 VERDICTS = (
     "kept",
@@ -38,6 +39,8 @@ Require = Literal["source", "target", "either", "both"]
 A feature without a match in any target space is judged by the source alone: nothing else can be asked of it.
 """
 MIN_WORDS = 3
+_JOINERS = "\u200c\u200d"
+"""Format characters that ordinary text holds: Persian and Indic words, emoji made of several."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,15 @@ def fault(text: str) -> str:
     found = words(text)
     if not text.strip():
         return "empty"
-    if not found or "\ufffd" in text or not all(c.isprintable() for c in text):
+    if not found or "\ufffd" in text or not all(c.isprintable() or c in _JOINERS for c in text):
         return "unparsable"
     if len(found) < MIN_WORDS:
         return "too_short"
     # Strong steering makes a model stutter: one word fills over a third of the text, or most words are repeats.
-    most = Counter(found).most_common(1)[0][1]
-    if len(found) >= 6 and (most > max(2, len(found) / 3) or len(set(found)) < 0.5 * len(found)):
+    # Where single characters are the words, some repeat in any sentence, but pairs of neighbours do not.
+    units = list(zip(found, found[1:], strict=False)) if sum(map(len, found)) < 2 * len(found) else found
+    most = Counter(units).most_common(1)[0][1]
+    if len(found) >= 6 and (most > max(2, len(units) / 3) or len(set(units)) < 0.5 * len(units)):
         return "repetitive"
     return ""
 
