@@ -348,6 +348,20 @@ def candidate(**changes: Any) -> Candidate:
     return Candidate(**{**parts, **changes})
 
 
+@pytest.mark.parametrize("kind", [CoverageReport, SynthesisRun])
+def test_files_of_another_kind_are_refused_in_a_sentence(tmp_path: Path, kind: Any) -> None:
+    place = tmp_path / "x.json"
+    run = SynthesisRun("s", "g", "missing", 0, (), 0, 0)
+    run.save(place)
+    saved = json.loads(place.read_text())
+    bad: list[Any] = [[], [1], {}, {"coverage": []}, {"schema": 3}, {**saved, "extra": 1}]
+    bad += [saved] if kind is CoverageReport else [{k: v for k, v in saved.items() if k != "pool"}]
+    for content in bad:
+        place.write_text(json.dumps(content))
+        with pytest.raises(TransferError, match=r"x\.json is no (coverage report|synthesis)"):
+            kind.load(place)
+
+
 def test_synthesis_round_trip_and_counts(tmp_path: Path) -> None:
     kinds = ["kept", "weak", "weak", "duplicate", "kept"]
     one = SynthesisRun(

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from transfer import embeddings, tagging
 from transfer.core.errors import TransferError
+from transfer.core.span import words
 from transfer.diversity import METRICS, compare, diversity
 from transfer.diversity_cli import diversity as verb
 from transfer.embeddings import Embedder, get_embedder, hidden_states, lexical
@@ -31,7 +32,6 @@ from transfer.ngrams import (
     expectation_adjusted,
     rarefied,
     self_bleu,
-    words,
 )
 from transfer.semantic import cosine_distance, vendi
 from transfer.tagging import Tagger

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.lineage import CardFacts, card, card_counts, write_dataset, write_jsonl
@@ -59,7 +60,7 @@ def read_jsonl(path: Path) -> list[Candidate]:
 
 def test_lineage_survives_json_lines_and_parquet(tmp_path: Path) -> None:
     run = made()
-    write_jsonl(run, tmp_path / "c.jsonl")
+    write_jsonl(run.candidates, tmp_path / "c.jsonl")
     assert tuple(read_jsonl(tmp_path / "c.jsonl")) == run.candidates
     counts = write_dataset(run, tmp_path / "d", FACTS)
     assert tuple(read_jsonl(tmp_path / "d" / "candidates.jsonl")) == run.candidates
@@ -143,6 +144,7 @@ def test_trl_rows_have_the_columns_of_their_type(kind: str, keys: set[str], tmp_
     assert write_trl(kept, tmp_path / "t.jsonl") == 5
     # Not splitlines: a text may hold U+2028.
     assert [json.loads(line) for line in (tmp_path / "t.jsonl").read_text("utf8").split("\n") if line] == talk
+    assert read_jsonl(tmp_path / "t.lineage.jsonl") == kept
 
 
 @pytest.mark.slow
@@ -163,6 +165,7 @@ def test_llama_factory_columns_name_what_is_there(kind: str, style: Any, tmp_pat
     assert all(column in row for row in rows for column in info["mine"]["columns"].values())
     assert info["mine"].get("ranking", False) == (kind in ("preference", "ab"))
     assert (info["mine"].get("formatting") == "sharegpt") == (style == "sharegpt")
+    assert len(rows) == 5 and read_jsonl(tmp_path / "mine.lineage.jsonl") == kept
     if style == "sharegpt":
         assert all(row["conversations"][0]["from"] == "human" for row in rows)
 
@@ -200,6 +203,27 @@ def test_export_writes_each_kind(tmp_path: Path) -> None:
         found = json.loads(result.stdout)
         assert found.get("n_rows", found.get("n_kept")) == 5
     assert (tmp_path / "dataset" / "README.md").is_file() and (tmp_path / "trl" / "synthetic.jsonl").is_file()
+
+
+def test_the_card_names_the_source_texts_and_the_command_that_wrote(tmp_path: Path) -> None:
+    place = saved(tmp_path)
+    asked = ["export", str(place), "--out", str(tmp_path / "d"), "--licence", "mit", "--quiet"]
+    assert CliRunner().invoke(synth, asked).exit_code == 0
+    assert "| Source texts | not stated |" in (tmp_path / "d" / "README.md").read_text("utf8")
+
+    data = {"source": "all.jsonl", "anchor": "hub:some/anchor@abc"}
+    experiment = load_experiment("demo").model_dump(mode="json") | {"data": data}
+    (place / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    events = [
+        {"stage": "synth", "event": "command", "command": "transfer synth mine.yaml"},
+        {"stage": "synth llama", "event": "done", "key": "k"},
+        {"stage": "cover", "event": "command", "command": "transfer cover mine.yaml"},
+    ]
+    (place / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert CliRunner().invoke(synth, asked).exit_code == 0
+    words = (tmp_path / "d" / "README.md").read_text("utf8")
+    assert "| Source texts | hub:some/anchor@abc, all.jsonl |" in words
+    assert "| Command | `transfer synth mine.yaml; " in words and "transfer cover" not in words
 
 
 def test_export_of_a_harmful_label_warns_without_being_told(tmp_path: Path) -> None:

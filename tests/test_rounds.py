@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from typer.testing import CliRunner
 
+from transfer import rounds_stage
+from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.files import read_json
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.rundir import RunDir
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.texts import Corpus, Text
 from transfer.rounds import Rounds, RoundSettings, run_rounds
 from transfer.rounds_stage import model_rounds, validation_half
+from transfer.synth_cli import synth
 
 N = 6
 SPACE = FeatureSpace("zoo:llama", "m", 3, "zoo:llama/sae", "s", N, 4, "topk-2", 5)
@@ -82,6 +89,26 @@ def test_each_round_asks_for_what_is_still_missing(tmp_path: Path) -> None:
     assert found.fac_start == pytest.approx(1 / 6) and found.summary()["fac_end"] == 1
     assert {c.feature for c in found.added} == {1, 2, 3, 4, 5}
     assert sum(r.n_candidates for r in found.rounds) == 7 and found.summary()["n_added"] == 5
+
+
+def test_all_rounds_together_are_one_synthesis_of_what_was_added(tmp_path: Path) -> None:
+    class Twice(Writer):
+        def __call__(self, missing: FeatureSet, added: list[str], number: int) -> SynthesisRun:
+            run = super().__call__(missing, added, number)
+            more = (kept(missing.features[0], f"round {number} says {missing.features[0]} again"),)
+            return dataclasses.replace(run, candidates=run.candidates + more)
+
+    found = go(tmp_path, Twice({1: [1, 2], 2: [3, 4]}), RoundSettings(rounds=2, per_feature=1))
+    written = found.written
+    assert written and written.kept == list(found.added) and written.pool == "rounds"
+    assert written.rejected() == {"below_threshold": 2, "surplus": 2}
+    assert (written.n_missing, written.n_hit, written.n_hit_free, written.n_hit_opened) == (5, 4, 4, 0)
+    assert written.info["candidates_of_round"] == [4, 4] and found.summary()["folders"] == list(found.folders)
+
+
+def test_always_on_is_that_of_the_caller(tmp_path: Path) -> None:
+    with pytest.raises(TransferError, match="none of the 0 relevant features"):  # each fires on a sixth of the anchor
+        go(tmp_path, Writer({}), always_on=0.1)
 
 
 def test_rounds_stop_when_gain_stalls_for_as_long_as_patience(tmp_path: Path) -> None:
@@ -159,3 +186,41 @@ def test_an_unknown_model_and_target_rules_are_refused() -> None:
         model_rounds(pipeline, "qwen", RoundSettings())
     with pytest.raises(TransferError, match="no target space"):
         model_rounds(pipeline, "llama", RoundSettings())
+
+
+def test_rounds_of_an_experiment_cover_as_its_cover_stage_and_leave_their_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = load_experiment("demo", ["cover.always_on=0.9"])
+    texts = Corpus("anchor", (Text("0", "a text", "a"), Text("1", "another", "b")))
+    adapter = Section(dictionary=Section(directions=lambda: np.eye(N, 4)), space=SPACE)
+    pipeline: Any = Section(
+        experiment=experiment,
+        dir=RunDir(tmp_path, "mine"),
+        corpora={"anchor": texts, "seed": texts},
+        adapters={"llama": adapter},
+        stores={"llama": None},
+        coverage={"llama": (Section(relevant=None), tmp_path)},
+        pool=None,
+    )
+    monkeypatch.setattr(rounds_stage, "check_corpora", lambda *a, **k: None)
+    monkeypatch.setattr(rounds_stage, "make_generator", lambda *a: None)
+    monkeypatch.setattr(rounds_stage.stages, "load_delta", lambda folder: np.ones(N, dtype=np.float32))
+    monkeypatch.setattr(rounds_stage.stages, "split_docs", lambda store, corpus: None)
+    asked: dict[str, Any] = {}
+
+    def instead(*args: Any, **kwargs: Any) -> Rounds:
+        asked.update(kwargs)
+        return go(tmp_path / "x", Writer({1: [1, 2]}), kwargs["settings"])
+
+    monkeypatch.setattr(rounds_stage, "run_rounds", instead)
+    found = model_rounds(pipeline, "llama", RoundSettings(rounds=1))
+    assert asked["always_on"] == 0.9
+    place = tmp_path / "mine" / "rounds-llama"
+    assert found.summary()["place"] == str(place) and read_json(place / "rounds.json") == found.summary()
+    command = ["export", str(place), "--out", str(tmp_path / "d"), "--licence", "mit", "--json"]
+    pipeline.dir.event("rounds", "command", command="transfer synth rounds mine.yaml --model llama")
+    result = CliRunner().invoke(synth, command)
+    assert result.exit_code == 0 and json.loads(result.stdout)["n_kept"] == 2
+    card = (tmp_path / "d" / "README.md").read_text("utf8")
+    assert "| Source texts | bundled:requests |" in card and "`transfer synth rounds mine.yaml --model llama; " in card

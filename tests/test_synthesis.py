@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from models.zoo.corpus import request_list
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
+from transfer.core.span import words
 from transfer.core.workers import Workers
 from transfer.duplicates import NEAR, NearDuplicates, jaccard, shingles
 from transfer.synthesis import score_targets, select, steering_vectors, synthesise
@@ -235,7 +238,11 @@ def test_target_scores_come_from_the_matched_feature():
     assert all(c.target_scores == {target.space.id: 0.0} for c in kept if c.feature == 0)
     again = score_targets(scored, CountingAdapter("mistral"), {0: 0})
     assert all(len(c.target_scores) == 2 and max(c.target_scores.values()) > 1 for c in again.kept if c.feature == 0)
-    assert not any(c.target_scores for c in scored.candidates if c.verdict != "kept")
+    below = [c for c in again.candidates if c.verdict == "below_threshold" and c.feature == 0]
+    assert below and all(len(c.target_scores) == 2 for c in below)
+    unread = dataclasses.replace(below[0], verdict="unparsable", target_scores={})
+    both = dataclasses.replace(made, candidates=(below[0], unread))
+    assert [len(c.target_scores) for c in score_targets(both, target, {0: 3}).candidates] == [2, 0]
 
 
 def test_selection_gives_every_feature_one_before_any_gets_two():
@@ -289,6 +296,17 @@ def test_near_duplicates_ignore_case_and_punctuation():
     assert "?!" not in index
 
 
+def test_near_duplicates_are_found_in_scripts_without_spaces():
+    index = NearDuplicates(["今天的天气很好，我们一起去公园散步，然后回家吃饭。"])
+    assert "今天的天气很好，我们一起去公园散步，然后回家睡觉。" in index
+    assert "昨天下了一整天的雨，所以我们只好待在家里看电影。" not in index
+
+
+@given(st.text(st.characters(codec="ascii")))
+def test_ascii_words_are_runs_of_letters_and_digits(text: str):
+    assert words(text) == [w.lower() for w in re.findall(r"[A-Za-z0-9]+(?:'[A-Za-z0-9]+)*", text)]
+
+
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
@@ -300,6 +318,13 @@ def test_near_duplicates_ignore_case_and_punctuation():
         ("the the the the the the", "repetitive"),
         ("to be or not to be", ""),
         ("做一个 三明治 给 我", ""),
+        ("今天的天气很好，我们去公园散步吧。", ""),
+        ("私は昨日、友達と一緒に映画を見に行きました。", ""),
+        ("好好好好好好好好", "repetitive"),
+        ("你好", "too_short"),
+        ("We are a family of three 👨\u200d👩\u200d👧 people", ""),
+        ("من می\u200cخواهم به خانه بروم", ""),
+        ("hidden\u202etext in this line", "unparsable"),
     ],
 )
 def test_faults_of_form(text: str, wrong: str):

@@ -18,8 +18,9 @@ from transfer.core.errors import TransferError
 from transfer.core.formats import FORMATS, get_format
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
+from transfer.core.span import words
 from transfer.drafts import Target
-from transfer.duplicates import NEAR, Contamination, MinHashDuplicates, NearDuplicates, jaccard, shingles
+from transfer.duplicates import NEAR, Contamination, Copies, MinHashDuplicates, NearDuplicates, jaccard, shingles
 from transfer.safety import check_allowed, folds, is_harmful, shown
 from transfer.strength import Probe, StrengthSearch, find_strengths
 from transfer.synthesis import Options, synthesise
@@ -300,6 +301,21 @@ def test_a_bad_record_says_what_is_wrong(name: str, change: dict[str, Any], wron
         assert get_format(name).parse(broken)[0] == {} and get_format(name).parse(broken)[1]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "repeats"),
+    [
+        ("p", "panda bears are nice", False),
+        ("p", "p is a letter of it", True),
+        ("How?", "How? I do not know.", True),
+        ("How?", "However you like to.", False),
+        ("什么是爱", "什么是爱？爱是给予。", True),
+    ],
+)
+def test_a_prompt_is_repeated_only_as_whole_words(prompt: str, chosen: str, repeats: bool) -> None:
+    record = {"prompt": prompt, "chosen": chosen, "rejected": "哪里都不去" if prompt > "z" else "some other answer"}
+    assert get_format("preference").parse(record)[1] == ("repeats the prompt in chosen" if repeats else "")
+
+
 def test_structured_examples_keep_their_record_and_malformed_ones_their_reason() -> None:
     def write(prompt: Prompt, attempt: int) -> str:
         word = text(prompt, attempt, 2)
@@ -340,6 +356,12 @@ def test_contamination_is_any_shared_run_or_the_whole_of_a_short_text() -> None:
     assert "a short text here is part of this longer one" not in guard and "" not in guard
     with pytest.raises(TransferError, match="runs of 0 words"):
         Contamination([], 0)
+
+
+@given(st.text("ab ,.", max_size=12), st.text("ab ,.", max_size=12), st.integers(1, 4))
+def test_a_copy_is_contaminated_at_any_length_of_run(one: str, other: str, n: int) -> None:
+    assert (other in Copies([one])) == (words(one) == words(other) != [])
+    assert other not in Copies([one]) or other in Contamination([one], n)
 
 
 @settings(max_examples=15, deadline=None)
@@ -435,12 +457,12 @@ def test_long_texts_are_folded_only_where_asked() -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    for wrong, words in (
+    for wrong, said in (
         (["synth.generator=chat"], "names no model"),
         (["synth.format=ab"], "needs synth.generator: chat"),
         (["synth.generator=chat", "synth.chat=local:zoo:qwen", "synth.search=true"], "is not steered"),
         (["synth.steps=3"], "steps"),
     ):
-        with pytest.raises(TransferError, match=words):
+        with pytest.raises(TransferError, match=said):
             load_experiment("demo", wrong)
     assert load_experiment("demo").synth.generator == "steered"

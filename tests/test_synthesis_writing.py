@@ -24,6 +24,7 @@ from transfer.core.space import FeatureSet
 from transfer.core.span import Span
 from transfer.core.texts import Corpus, Text
 from transfer.drafts import Target
+from transfer.pipeline import Pipeline
 from transfer.synthesis import steering_vectors, synthesise
 from transfer.words import WordCounts
 from transfer.writing import make_chat, make_generator, make_options
@@ -68,7 +69,10 @@ def test_each_generator_is_the_one_named(adapter: Adapter) -> None:
 
 def test_options_follow_the_settings(adapter: Adapter) -> None:
     plain = make_options(settings(), adapter, targets=[Target(adapter, {}, np.zeros(64))], evaluation=[Text("a", "b")])
-    assert plain.search is None and plain.targets == () and plain.protected == () and plain.retries == 0
+    assert plain.search is None and plain.targets == () and plain.retries == 0
+    # The whole of an evaluation text is protected without being asked for, a part of it is not.
+    guard = make_options(settings(), adapter, evaluation=[Text("a", "one two three four five")]).protected
+    assert "One two, three four FIVE!" in guard and "one two three four" not in guard and "..." not in guard
     spans = {1: [Span("d", "the red apple tree", 4, 7, 1.0)]}
     words = WordCounts(["the red apple tree", "a dog"])
     every = make_options(
@@ -206,7 +210,7 @@ def test_only_the_source_itself_is_steered(
         seen.update(how, scorer=adapter, generator=generator)
         raise Asked
 
-    def maker(settings: SynthSection, adapter: Any, pool: Any) -> Any:
+    def maker(settings: SynthSection, adapter: Any, pool: Any, account: str) -> Any:
         return settings.generator, adapter.name
 
     span = Span("a", "a mild text", 2, 6, 1.0)
@@ -239,3 +243,9 @@ def test_only_the_source_itself_is_steered(
         )
     assert seen["generator"] == (kind, writer) and seen["scorer"] is adapters["s"]
     assert (seen["steering"] is None) == (writer != "s")
+
+
+def test_what_was_written_depends_on_the_evaluation_texts(tmp_path: Path) -> None:
+    pipeline = Pipeline(load_experiment("demo"), tmp_path, ["test"])
+    assert pipeline.experiment.synth.decontaminate == 0
+    assert pipeline._protected == pipeline.corpora["evaluation"].hash

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from transfer.core.errors import TransferError
+from transfer.core.span import words
 from transfer.core.stats import Interval, mean_interval
-from transfer.ngrams import Ngrams, entropy, words
+from transfer.ngrams import Ngrams, entropy
 
 LOSS_RANGE = 1.0
 """Largest loss C: that of the zero-one loss, for which all bounds here are stated."""
@@ -137,7 +138,7 @@ def word_entropy(texts: Sequence[str], level: float = 0.95) -> Interval:
     """Nats a text, at most, from word counts alone: E[length] H(word) + H(length), both Miller-Madow.
 
     H(X) <= H(length) + sum_t H(word t | length >= t) <= H(length) + E[length] H(word) for every distribution of texts
-    of the same source. It counts words (``ngrams.words``), so case and punctuation carry nothing. Miller-Madow still
+    of the same source. It counts words (``core.span.words``), so case and punctuation carry nothing. Miller-Madow still
     falls short where most words are seen once: then the estimate may lie below the bound it stands for.
 
     The interval is the jackknife's over blocks of texts.

@@ -15,6 +15,7 @@ import numpy as np
 
 from transfer.core.errors import TransferError
 from transfer.core.files import plain
+from transfer.core.span import words
 from transfer.core.stats import Interval
 from transfer.embeddings import Embedder
 from transfer.ngrams import (
@@ -27,7 +28,6 @@ from transfer.ngrams import (
     expectation_adjusted,
     rarefied,
     self_bleu,
-    words,
 )
 from transfer.semantic import cosine_distance, nearest_region, regions, vendi
 from transfer.tagging import NO_TAGGER, Tagger

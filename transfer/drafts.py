@@ -16,7 +16,7 @@ from transfer.core.errors import TransferError
 from transfer.core.formats import Format
 from transfer.core.outcomes import Candidate
 from transfer.core.space import FeatureSpace
-from transfer.verdicts import Written, fault
+from transfer.verdicts import UNREAD, Written, fault
 
 _ENCODE_CHUNK = 512
 
@@ -181,7 +181,7 @@ class Loop:
         return Draft(request, attempt, " ".join(text.split()), key, record, malformed)
 
     def _score(self, drafts: list[Draft]) -> None:
-        fine = [d for d in drafts if d.fault not in ("empty", "unparsable", "malformed")]
+        fine = [d for d in drafts if d.fault not in UNREAD]
         docs, place = encode(self.adapter, (d.text for d in fine if d.text not in self._place), "score")
         if place:
             offset = len(self._place)
@@ -215,6 +215,7 @@ class Loop:
                 shown=(*d.request.examples, d.request.pair.positive if d.request.pair else ""),
                 malformed=d.malformed,
                 targets=tuple(found[i] for found in targets.values() if i in found),
+                opening=d.request.opening,
             )
             for i, d in enumerate(drafts)
         ]

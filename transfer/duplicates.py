@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
 
 from transfer.core.errors import TransferError
+from transfer.core.span import opened, words
 
 NEAR = 0.6
 """Texts whose word 5-grams have a larger Jaccard index than this are near-duplicates."""
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 class Seen(Protocol):
@@ -152,6 +152,62 @@ class Contamination:
         return not self._runs.isdisjoint(self._of(text))
 
 
+class Copies:
+    """Whole texts that no training text may repeat; case, punctuation and white space do not count.
+
+    What ``Contamination`` refuses at any ``n`` includes this. Memory: one hash a text.
+
+    Args:
+        texts: Texts to protect, such as the evaluation set.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._whole = {_hash(" ".join(found)) for text in texts if (found := words(text))}
+
+    def __contains__(self, text: str) -> bool:
+        return _hash(" ".join(words(text))) in self._whole
+
+
+def continued(texts: Iterable[tuple[str, str]], known: Iterable[str]) -> list[bool]:
+    """Which texts say nothing of their own behind the words they were made to start with.
+
+    Of a text that starts with its opening, more than ``NEAR`` of the 5-grams that reach behind it stand in one known
+    text that holds the opening too, or nothing stands behind it. A Jaccard index overlooks that: the known text may be
+    much longer.
+    Memory: the places in ``known`` of these grams alone.
+
+    Args:
+        texts: (text, opening); an empty opening, or one that the text does not start with, is never found.
+        known: Texts seen before.
+    """
+    texts = list(texts)
+    parts = [_behind(text, opening) for text, opening in texts]
+    wanted = frozenset(gram for part in parts for gram in part or ())
+    where: dict[int, list[str]] = {}
+    for text in known if wanted else ():
+        for gram in shingles(text) & wanted:
+            where.setdefault(gram, []).append(text)
+    found = []
+    for part, (_, opening) in zip(parts, texts, strict=True):
+        shared = Counter(text for gram in part or () for text in where.get(gram, ()))
+        start = f" {' '.join(words(opening))}"
+        goes_on = any(n > NEAR * len(part or ()) and start in f" {' '.join(words(text))}" for text, n in shared.items())
+        found.append(part is not None and (not part or goes_on))
+    return found
+
+
+def _behind(text: str, opening: str) -> frozenset[int] | None:
+    """The 5-grams that reach behind the opening; None for a text that does not start with one."""
+    if not opened(text, opening):
+        return None
+    found, start = words(text), words(opening)
+    # The last word of the opening may have been carried on, so it is compared too.
+    copied = next((i for i, (a, b) in enumerate(zip(found, start, strict=False)) if a != b), len(start))
+    if len(found) <= copied:
+        return frozenset()
+    return frozenset(_hash(" ".join(found[i : i + 5])) for i in range(max(0, copied - 4), max(1, len(found) - 4)))
+
+
 def shingles(text: str) -> frozenset[int]:
     """Hashes of the word 5-grams; empty for a text without words."""
     found = words(text)
@@ -164,11 +220,6 @@ def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
     """Shared part of two sets; 0 when both are empty."""
     union = len(a | b)
     return len(a & b) / union if union else 0.0
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, without case."""
-    return [m.group().casefold() for m in _WORD.finditer(text)]
 
 
 def _hash(text: str) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transfer.core.errors import TransferError
-from transfer.ngrams import words
+from transfer.core.span import words
 
 if TYPE_CHECKING:
     from models.language import LanguageModel

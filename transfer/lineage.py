@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,10 @@ def rows(run: SynthesisRun) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def write_jsonl(run: SynthesisRun, path: Path) -> None:
-    """Every candidate with its lineage, one JSON object a line, atomically."""
+def write_jsonl(candidates: Iterable[Candidate], path: Path) -> None:
+    """Candidates with their lineage, one JSON object a line, atomically."""
     with replacing(Path(path)) as part, part.open("w", encoding="utf8") as lines:
-        for c in run.candidates:
+        for c in candidates:
             lines.write(json.dumps(plain(dataclasses.asdict(c)), ensure_ascii=False, sort_keys=True) + "\n")
 
 
@@ -109,7 +109,7 @@ def write_dataset(run: SynthesisRun, folder: Path, facts: CardFacts) -> dict[str
             "Look at the reasons of rejection first.",
         )
     folder = Path(folder)
-    write_jsonl(run, folder / "candidates.jsonl")
+    write_jsonl(run.candidates, folder / "candidates.jsonl")
     write_parquet(run, folder / "data" / "kept.parquet", kept=True)
     write_parquet(run, folder / "data" / "candidates.parquet")
     counts = card_counts(run)
@@ -128,6 +128,8 @@ def card_counts(run: SynthesisRun) -> dict[str, Any]:
         "labels": dict(sorted(Counter(c.label for c in run.kept).items())),
         "rejected": run.rejected(),
         "n_fallback": sum(c.fallback for c in run.kept),
+        "n_opened": sum(c.opened for c in run.candidates),
+        "n_kept_opened": sum(c.opened for c in run.kept),
         "generators": sorted({c.generator for c in run.candidates}),
         "seeds": len({c.seed for c in run.candidates}),
         "missing_hit_rate": run.n_hit / run.n_missing if run.n_missing else None,
@@ -151,22 +153,30 @@ def card(run: SynthesisRun, facts: CardFacts) -> str:
     }
     if facts.licence == "other":
         front["license_name"] = "see-below"
-    rate = counts["missing_hit_rate"]
-    hit = f"{run.n_hit} of {run.n_missing} missing features ({rate:.1%})" if rate is not None else "nothing was missing"
+    opening = (
+        f" {counts['n_opened']} candidates were made to start with an opening: up to eight words of an anchor text "
+        "that end where the feature fires there. Such a text can fire by the words it copies."
+        if counts["n_opened"]
+        else ""
+    )
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", f"# {facts.title}", ""]
     if facts.harmful:
         lines += [f"> **Warning.** {WARNING}", ""]
     lines += [
         "Texts written by a model for features of a sparse autoencoder, each scored by that autoencoder. A text is "
-        "kept when its feature fires above its threshold and it repeats nothing seen before.",
+        "kept when its feature fires above its threshold and neither the text nor what follows its opening is a "
+        f"near-duplicate of a text seen before.{opening}",
         "",
         "| | |",
         "|---|---|",
         f"| Candidates | {counts['n_candidates']} |",
         f"| Kept | {counts['n_kept']} ({', '.join(f'{n} {name}' for name, n in counts['labels'].items())}) |",
         f"| Features asked for, reached | {counts['n_features_asked']}, {counts['n_features_reached']} |",
-        f"| Missing features that a kept text fires | {hit} |",
-        f"| Kept texts conditioned on an anchor text (fallback) | {counts['n_fallback']} |",
+        f"| Missing features that a kept text fires | {_hit(run.n_hit, run.n_missing)} |",
+        f"| The same, by texts without an opening; with one | {_hit(run.n_hit_free, run.n_missing)}; "
+        f"{_hit(run.n_hit_opened, run.n_missing)} |",
+        f"| Kept texts that start with words of an anchor text (opening) | {counts['n_kept_opened']} |",
+        f"| Kept texts whose x+ in the prompt is an anchor text (fallback) | {counts['n_fallback']} |",
         f"| Rejected | {', '.join(f'{n} {why}' for why, n in counts['rejected'].items()) or 'none'} |",
         f"| Generators | {', '.join(f'`{g}`' for g in counts['generators'])} |",
         f"| Feature space | `{run.source}` |",
@@ -185,3 +195,9 @@ def card(run: SynthesisRun, facts: CardFacts) -> str:
         best = sorted(run.kept, key=lambda c: (-c.score, c.feature, c.text))[:EXAMPLES]
         lines += ["Strongest examples:", "", *(f"- {shown(c.text, fold=False)}" for c in best), ""]
     return "\n".join(lines)
+
+
+def _hit(n: int | None, n_missing: int) -> str:
+    if n is None:
+        return "not counted"
+    return f"{n} of {n_missing} missing features ({n / n_missing:.1%})" if n_missing else "nothing was missing"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,16 +16,6 @@ VOCABULARY = 30_522
 """Words that expectation-adjusted distinct supposes a writer could choose from: the size its authors used."""
 
 BLEU_ORDER = 4
-
-_WORD = re.compile(
-    "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"  # scripts without spaces: each character is a word
-    "|[^\\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+(?:['\u2019][^\\W_]+)*"
-)
-
-
-def words(text: str) -> list[str]:
-    """Words of a text after NFKC and case folding: runs of letters and digits, apostrophes inside; no punctuation."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 @dataclass(frozen=True)

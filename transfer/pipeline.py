@@ -232,9 +232,8 @@ class Pipeline:
 
     @property
     def _protected(self) -> str | None:
-        """Hash of the texts that writing must not repeat, where it is asked to look."""
-        asked = self.experiment.synth.decontaminate and "evaluation" in self.corpora
-        return self.corpora["evaluation"].hash if asked else None
+        """Hash of the texts that writing must not repeat."""
+        return self.corpora["evaluation"].hash if "evaluation" in self.corpora else None
 
     @cached_property
     def written(self) -> dict[arms.Pool, tuple[SynthesisRun, Path]]:

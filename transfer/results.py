@@ -309,6 +309,12 @@ def alerts(
 
 def limits(experiment: Experiment) -> list[str]:
     """What the numbers do not say, in plain words."""
+    opened = (
+        ", and every other text starts with up to eight words of one that end where the feature fires (hit rates with "
+        "and without such an opening are in the synthesis rows)"
+        if experiment.synth.openings
+        else ""
+    )
     found = [
         "Intervals of the transfer table are over fine-tuning seeds, with one training set an arm and one evaluation "
         "split; the boot columns of the comparisons also resample evaluation texts, and the pooled claims take the "
@@ -317,8 +323,8 @@ def limits(experiment: Experiment) -> list[str]:
         "a feature from another that fires on much the same texts and points a like way (a parent and its child).",
         "Relevance and labels of features come from the labelled anchor by a statistical judge, not from reading them, "
         f"at a false-discovery rate of {experiment.cover.fdr:g}.",
-        "Writers see anchor texts and may start a text with a few words of one, so every written arm profits from the "
-        "anchor; the random and shuffled arms profit alike.",
+        f"Writers see anchor texts{opened}, so every written arm profits from the anchor; the random and shuffled arms "
+        "profit alike.",
         "The alignment is fitted on the anchor and seed texts alone; features that hardly fire there are untestable, "
         "not unmatched.",
     ]

@@ -25,7 +25,7 @@ from transfer.core.space import FeatureSet
 from transfer.coverage import coverage
 from transfer.delta import size
 from transfer.drafts import Scorer, encode
-from transfer.synthesis import select
+from transfer.synthesis import select, with_hits
 
 Stopped = Literal["covered", "stalled", "budget", "rounds"]
 
@@ -82,6 +82,10 @@ class Rounds:
     score_start: float | None = None
     folders: tuple[str, ...] = field(default=())
     """Where each round's candidates are."""
+    written: SynthesisRun | None = None
+    """All candidates in the order of the rounds; kept are those that were added, other kept ones are ``surplus``."""
+    place: str = ""
+    """Folder in which ``written`` was saved."""
 
     def summary(self) -> dict[str, Any]:
         """Numbers for the result."""
@@ -95,6 +99,8 @@ class Rounds:
             "score_start": self.score_start,
             "score_end": self.rounds[-1].score if self.rounds else self.score_start,
             "rounds": [{**dataclasses.asdict(r), "gain": r.gain} for r in self.rounds],
+            "folders": list(self.folders),
+            "place": self.place,
         }
 
 
@@ -114,6 +120,7 @@ def run_rounds(
     run_dir: RunDir,
     inputs: dict[str, Any],
     *,
+    always_on: float = 0.5,
     settings: RoundSettings | None = None,
     score: Score | None = None,
 ) -> Rounds:
@@ -129,6 +136,7 @@ def run_rounds(
         run_dir: Where the rounds are kept.
         inputs: Everything else that a round depends on (JSON-able): space, corpora, settings of ``write`` and of
             ``score``, seed.
+        always_on: As ``coverage``.
         settings: When to go on.
         score: Task score after a round, also taken once before the first; None to go by coverage alone. A stop then
             needs both to have stalled.
@@ -141,13 +149,15 @@ def run_rounds(
     def covered(added: Sequence[Candidate]) -> tuple[float, FeatureSet]:
         docs = encode(adapter, [c.text for c in added], "cover")[0]
         both = sp.csr_matrix(sp.vstack([seed_docs, docs], format="csr")) if size(docs)[0] else seed_docs
-        report = coverage(adapter.space, anchor_docs, both, relevant, delta, n_bootstrap=0)
+        report = coverage(adapter.space, anchor_docs, both, relevant, delta, always_on=always_on, n_bootstrap=0)
         return report.fac, report.missing
 
     added: list[Candidate] = []
     rounds: list[Round] = []
     folders: list[str] = []
+    made: list[SynthesisRun] = []
     fac, missing = covered(added)
+    lacking_first = missing
     fac_start, score_start = fac, None
     if score is not None:
         folder = run_dir.stage(
@@ -190,6 +200,7 @@ def run_rounds(
         run = SynthesisRun.load(folder / "synthesis.json")
         best = _best(run, settings)
         added += best
+        made.append(run)
         folders.append(str(folder))
         after, missing = covered(added)
         now = float(read_json(folder / "score.json")) if score is not None else None
@@ -217,7 +228,26 @@ def run_rounds(
             break
     else:
         stopped = "rounds" if len(missing) else "covered"
-    return Rounds(tuple(rounds), tuple(added), stopped, fac_start, score_start, tuple(folders))
+    written = _together(made, added) if made else None
+    if written:
+        docs, place = encode(adapter, [c.text for c in written.kept], "score")
+        written = with_hits(written, lacking_first, docs[[place[c.text] for c in written.kept]], delta)
+    return Rounds(tuple(rounds), tuple(added), stopped, fac_start, score_start, tuple(folders), written)
+
+
+def _together(made: Sequence[SynthesisRun], added: Sequence[Candidate]) -> SynthesisRun:
+    """All rounds as one synthesis; what passed every check but was not added is ``surplus``."""
+    chosen = {id(c) for c in added}
+    return dataclasses.replace(
+        made[0],
+        pool="rounds",
+        candidates=tuple(
+            dataclasses.replace(c, verdict="surplus") if c.verdict == "kept" and id(c) not in chosen else c
+            for run in made
+            for c in run.candidates
+        ),
+        info={"candidates_of_round": [len(run.candidates) for run in made]},
+    )
 
 
 def _best(run: SynthesisRun, settings: RoundSettings) -> list[Candidate]:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from transfer import stages
 from transfer.core.errors import TransferError
+from transfer.core.files import write_json
 from transfer.core.keys import text_key
 from transfer.core.outcomes import Candidate, SynthesisRun
+from transfer.core.rundir import write_text
 from transfer.core.space import FeatureSet
 from transfer.core.texts import Corpus
 from transfer.pipeline import Pipeline
@@ -23,7 +26,7 @@ from transfer.spans import top_spans
 from transfer.splits import check_corpora
 from transfer.synthesis import steering_vectors, synthesise
 from transfer.words import WordCounts
-from transfer.writing import make_generator, make_options
+from transfer.writing import make_generator, make_openings, make_options
 
 
 def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tune: bool = False) -> Rounds:
@@ -48,7 +51,7 @@ def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tun
         raise TransferError(f"The experiment has no model {model!r}.", f"It has {', '.join(experiment.models)}.")
     if experiment.synth.require != "source":
         raise TransferError("Rounds of one model have no target space.", "Set synth.require: source.")
-    check_allowed(experiment)
+    folded = check_allowed(experiment)
     check_corpora(pipeline.corpora, experiment.data.positive, evaluate=tune)
     adapter = pipeline.adapters[model]
     store, corpora = pipeline.stores[model], pipeline.corpora
@@ -85,7 +88,7 @@ def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tun
                 n=both if synth.steps == 1 else synth.explore,
                 m=0 if synth.steps == 1 else synth.contrast,
                 few_shot=synth.examples,
-                openings={i: [o for s in spans[i][: synth.examples] if (o := s.opening())] for i in spans},
+                openings=make_openings(synth, spans),
                 # Another round asks for the same features anew.
                 seed=experiment.seed + 1000 * number,
                 options=make_options(
@@ -112,7 +115,7 @@ def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tun
             "seed": experiment.seed,
             "tune": tune,
         }
-        return run_rounds(
+        found = run_rounds(
             adapter,
             stages.split_docs(store, anchor),
             stages.split_docs(store, seed),
@@ -121,9 +124,24 @@ def model_rounds(pipeline: Pipeline, model: str, settings: RoundSettings, *, tun
             write,
             pipeline.dir,
             inputs,
+            always_on=experiment.cover.always_on,
             settings=settings,
             score=score if tune else None,
         )
+    return _save(pipeline, model, found, folded)
+
+
+def _save(pipeline: Pipeline, model: str, found: Rounds, folded: bool) -> Rounds:
+    """All texts, the numbers and the settings in ``rounds-<model>`` of the run's folder, where export finds them."""
+    place = pipeline.dir.path / f"rounds-{model}"
+    found = dataclasses.replace(found, place=str(place))
+    write_json(place / "rounds.json", found.summary())
+    write_text(place / "experiment.yaml", yaml.safe_dump(pipeline.experiment.model_dump(mode="json"), sort_keys=False))
+    (place / "synthesis.json").unlink(missing_ok=True)  # of an earlier run, where this one had nothing to write for
+    if found.written:
+        info = found.written.info | ({"folded": True} if folded else {})
+        dataclasses.replace(found.written, info=info).save(place / "synthesis.json")
+    return found
 
 
 def validation_half(evaluation: Corpus) -> Corpus:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,9 +65,34 @@ def find_synthesis(place: Path, model: str | None) -> Path:
     return found[model] / "synthesis.json"
 
 
+def origin(place: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sources of the anchor and seed texts, and the last command that wrote, as a run's folder knows them.
+
+    A ``synthesis.json`` by itself knows neither.
+    """
+    import yaml
+
+    from transfer.core.config import Experiment
+    from transfer.pipeline import STAGES
+
+    sources: tuple[str, ...] = ()
+    if (place / "experiment.yaml").is_file():
+        data = Experiment.model_validate(yaml.safe_load((place / "experiment.yaml").read_text("utf8"))).data
+        sources = tuple(dict.fromkeys(s for s in (data.anchor or data.source, data.seed or data.source) if s))
+    written: tuple[str, ...] = ()
+    rounds = (place / "rounds.json").is_file()
+    log = (place.parent if rounds else place) / "events.jsonl"
+    if log.is_file():
+        events = map(json.loads, log.read_text("utf8").splitlines())
+        late = ("rounds",) if rounds else STAGES[STAGES.index("synth") :]
+        commands = [e["command"] for e in events if e["event"] == "command" and e["stage"] in late]
+        written = tuple(commands[-1:])
+    return sources, written
+
+
 @synth.command()
 def export(
-    place: Annotated[Path, typer.Argument(help="A run's folder, or a synthesis.json.")],
+    place: Annotated[Path, typer.Argument(help="A run's folder, its rounds-<model>, or a synthesis.json.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     to: Annotated[str, typer.Option(help="dataset (with card and lineage), trl, alpaca or sharegpt.")] = "dataset",
     model: Annotated[str | None, typer.Option(help="Which writer of the run.")] = None,
@@ -90,7 +117,9 @@ def export(
     if to == "dataset":
         # Where the texts came from no longer shows: a label that speaks of harm counts, whatever the data was.
         harmful = bool(run.info.get("folded")) or any(is_harmful(c.label) for c in run.kept)
-        facts = CardFacts(name, licence, licence_note, command=" ".join(command_line()), harmful=harmful)
+        sources, written_by = origin(place)
+        command = "; ".join([*written_by, shlex.join(command_line())])
+        facts = CardFacts(name, licence, licence_note, sources, command, harmful=harmful)
         found |= write_dataset(run, out, facts)
     elif to == "trl":
         found["n_rows"] = write_trl(select(run, per_feature=per_feature), out / f"{name}.jsonl")
@@ -126,6 +155,7 @@ def rounds(
 
     how = RoundSettings(n, patience, least_gain, budget, per_feature)
     pipeline = Pipeline(load_experiment(config, settings), runs_folder(), command_line())
+    pipeline.dir.event("rounds", "command", command=shlex.join(pipeline.command))
     found = model_rounds(pipeline, model, how, tune=tune).summary()
     if as_json:
         show(found)
@@ -136,4 +166,5 @@ def rounds(
         + ("" if r["score"] is None else f"  score {r['score']:.3f}")
         for r in found["rounds"]
     ]
-    show("\n".join([*lines, f"stopped: {found['stopped']}"]))
+    texts = [f"texts: transfer synth export {found['place']} --out <folder>"] if found["n_candidates"] else []
+    show("\n".join([*lines, f"stopped: {found['stopped']}", *texts]))

@@ -21,16 +21,15 @@ from transfer.core.space import FeatureSet
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.core.workers import Workers
-from transfer.coverage import missing_hit_interval, missing_hit_rate
-from transfer.delta import fires
+from transfer.coverage import missing_hit_interval
 from transfer.drafts import Target
 from transfer.generic import write_generic
 from transfer.safety import check_allowed
 from transfer.spans import top_spans
 from transfer.stages import load_delta
-from transfer.synthesis import score_targets, steering_vectors, synthesise
+from transfer.synthesis import score_targets, steering_vectors, synthesise, with_hits
 from transfer.words import WordCounts
-from transfer.writing import make_generator, make_options
+from transfer.writing import make_generator, make_openings, make_options
 
 
 def synth(
@@ -100,9 +99,7 @@ def synth(
                 n=explore,
                 m=contrast,
                 few_shot=settings.examples,
-                openings={
-                    i: [o for span in spans[i][: settings.examples] if (o := span.opening())] for i in asked.tolist()
-                },
+                openings=make_openings(settings, spans),
                 seed=experiment.seed,
                 options=make_options(
                     settings,
@@ -133,7 +130,7 @@ def synth(
             run = score_targets(run, other, mappings[name])
     _save_codes(run, adapters, out)
     codes = load_csr(out / f"codes-{source}.safetensors")
-    run = dataclasses.replace(run, n_hit=missing_hit_rate(report.missing, codes, delta)[0])
+    run = with_hits(run, report.missing, codes, delta)
     run.save(out / "synthesis.json")
     write_json(
         out / "rows.json",
@@ -195,15 +192,13 @@ def synthesis_rows(
 ) -> list[dict[str, Any]]:
     """Counts per pool: the writer's missing features, and the random control."""
     rows = []
-    fired = fires(codes, delta)
     for pool in ("own", "random"):
         asked = set(plan[pool])
         part = dataclasses.replace(
             run, pool=pool, n_requested=len(asked), candidates=tuple(c for c in run.candidates if c.feature in asked)
         )
         mine = [row for row, c in enumerate(run.kept) if c.feature in asked]
-        hit = np.asarray(fired[mine].sum(axis=0)).ravel()[report.missing.features] > 0
-        part = dataclasses.replace(part, n_hit=int(np.count_nonzero(hit)), n_missing=len(report.missing))
+        part = with_hits(part, report.missing, codes[mine], delta)
         low, high = missing_hit_interval(report.missing, codes[mine], delta)
         interval = {"missing_hit_rate_low": low, "missing_hit_rate_high": high}
         origin = {"source": report.space.model, "generator": run.generator, "writer": writer}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from models.generators import Generator
 from transfer.core.errors import TransferError
@@ -26,7 +27,7 @@ from transfer.coverage import missing_hit_rate
 from transfer.drafts import Asked, Loop, Scorer, Target, encode, in_targets
 from transfer.passes import Passes
 from transfer.strength import StrengthSearch
-from transfer.verdicts import Require, judge
+from transfer.verdicts import UNREAD, Require, judge
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +180,7 @@ def synthesise(
         recovered = {d.request.feature for d, v in zip(run.drafts, judged, strict=True) if v == "kept"} - got
         rounds.append({"n_features": len(barren), "n_candidates": made, "n_recovered": len(recovered)})
 
-    kept_docs = loop.rows([d.text for d, v in zip(run.drafts, judged, strict=True) if v == "kept"])
-    n_hit, _ = missing_hit_rate(missing, kept_docs, delta)
-    return SynthesisRun(
+    made = SynthesisRun(
         source=adapter.space.id,
         generator=generator.name,
         pool=pool,
@@ -191,8 +190,32 @@ def synthesise(
             for i, (d, v) in enumerate(zip(run.drafts, judged, strict=True))
         ),
         n_missing=len(missing),
-        n_hit=n_hit,
+        n_hit=0,
         info=_info(options, run, rounds, ids, targets, Counter(getattr(generator, "counts", {})) - before_replies),
+    )
+    return with_hits(made, missing, loop.rows([c.text for c in made.kept]), delta)
+
+
+def with_hits(run: SynthesisRun, missing: FeatureSet, kept_docs: sp.csr_matrix, delta: np.ndarray) -> SynthesisRun:
+    """The run with its hits counted: of all kept texts, of those with an opening, and of those without.
+
+    Args:
+        run: The synthesis.
+        missing: The features that the hit rate refers to.
+        kept_docs: Codes of ``run.kept`` in that order, [texts, n_features].
+        delta: Thresholds, [n_features].
+    """
+    opened = np.array([c.opened for c in run.kept], dtype=bool)
+
+    def hits(chosen: np.ndarray) -> int:
+        return missing_hit_rate(missing, kept_docs[np.flatnonzero(chosen)], delta)[0]
+
+    return dataclasses.replace(
+        run,
+        n_missing=len(missing),
+        n_hit=hits(np.ones_like(opened)),
+        n_hit_opened=hits(opened),
+        n_hit_free=hits(~opened),
     )
 
 
@@ -212,7 +235,7 @@ def steering_vectors(directions: np.ndarray, size: np.ndarray | float) -> np.nda
 
 
 def score_targets(run: SynthesisRun, target: Scorer, mapping: Mapping[int, int]) -> SynthesisRun:
-    """Score the kept texts in another model's space.
+    """Score the texts in another model's space, kept or not.
 
     Args:
         run: The synthesis.
@@ -220,9 +243,10 @@ def score_targets(run: SynthesisRun, target: Scorer, mapping: Mapping[int, int])
         mapping: Source feature to its match in the target; features without one get no score there.
 
     Returns:
-        The same run with ``target_scores[target.space.id]`` filled for kept candidates of matched features.
+        The same run with ``target_scores[target.space.id]`` filled for candidates of matched features whose text can
+        be read (``UNREAD`` lists the verdicts without).
     """
-    rows = [i for i, c in enumerate(run.candidates) if c.verdict == "kept" and c.feature in mapping]
+    rows = [i for i, c in enumerate(run.candidates) if c.verdict not in UNREAD and c.feature in mapping]
     docs, place = encode(target, (run.candidates[i].text for i in rows), "score in the target")
     out = list(run.candidates)
     for i in rows:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transfer.ngrams import words
+from transfer.core.span import words
 
 NO_TAGGER = "no part-of-speech tagger: neither a spaCy English model nor NLTK's averaged_perceptron_tagger_eng is here"
 _SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg")

@@ -1,4 +1,8 @@
-"""Kept texts as the training files that TRL and LLaMA-Factory read."""
+"""Kept texts as the training files that TRL and LLaMA-Factory read.
+
+Trainers take no other columns, so the lineage stands beside them: line i of ``<name>.lineage.jsonl`` is the candidate
+of row i, as ``transfer.lineage.read_jsonl`` reads it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from transfer.core.errors import TransferError
 from transfer.core.files import read_json, replacing, write_json
 from transfer.core.formats import AB, FORMATS, INSTRUCTION, PREFERENCE, QUERY, Format
 from transfer.core.outcomes import Candidate
+from transfer.lineage import write_jsonl
 
 Turn = dict[str, str]
 
@@ -77,8 +82,9 @@ def trl_rows(candidates: Sequence[Candidate], *, conversational: bool = True) ->
 
 
 def write_trl(candidates: Sequence[Candidate], path: Path, *, conversational: bool = True) -> int:
-    """``trl_rows`` as JSON lines, atomically; returns their number."""
+    """``trl_rows`` as JSON lines, atomically, with their lineage beside them; returns their number."""
     made = trl_rows(candidates, conversational=conversational)
+    write_jsonl(candidates, Path(path).with_suffix(".lineage.jsonl"))
     with replacing(Path(path)) as part, part.open("w", encoding="utf8") as lines:
         for row in made:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -130,7 +136,7 @@ def llama_factory_rows(
 def write_llama_factory(
     candidates: Sequence[Candidate], folder: Path, name: str, style: Literal["alpaca", "sharegpt"] = "alpaca"
 ) -> int:
-    """``<name>.json`` and its entry in ``dataset_info.json`` (others there stay), atomically; returns the rows.
+    """``<name>.json``, its lineage, and its entry in ``dataset_info.json`` (others stay), atomically; returns the rows.
 
     Raises:
         TransferError: As ``llama_factory_rows``, or for a name that is no file name.
@@ -142,6 +148,7 @@ def write_llama_factory(
     known = read_json(info) if info.exists() else {}
     if not isinstance(known, dict):
         raise TransferError(f"{info} does not hold entries by name.", "Repair or move it.")
+    write_jsonl(candidates, Path(folder) / f"{name}.lineage.jsonl")
     write_json(Path(folder) / f"{name}.json", made)
     write_json(info, {**known, name: {"file_name": f"{name}.json", **entry}})
     return len(made)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from transfer.core.errors import TransferError
-from transfer.duplicates import DUPLICATES, NEAR, jaccard, shingles, words
+from transfer.core.span import words
+from transfer.duplicates import DUPLICATES, NEAR, continued, jaccard, shingles
 
 VERDICTS = (
     "kept",
@@ -25,15 +26,21 @@ VERDICTS = (
 )
 """After ``kept``, the reasons of rejection in the order in which they are looked for.
 
-``malformed``: the fields of a structured example do not fit its format. ``contaminated``: it shares a passage with the
-evaluation data. ``below_target``: the source's feature fires as required, the matched feature of every target does not.
+``malformed``: the fields of a structured example do not fit its format. ``contaminated``: it repeats an evaluation
+text, or shares a passage with one. ``copy``: it is a near-duplicate of a text seen before, or goes on behind its
+opening as such a text does. ``below_target``: the source's feature fires as required, the matched feature of every
+target does not.
 """
+UNREAD = ("empty", "unparsable", "malformed")
+"""Verdicts of texts that no model is given to read, so that they have no score."""
 Require = Literal["source", "target", "either", "both"]
 """Where a text must pass the threshold: the feature it was written for, its match in a target space, or a mixture.
 
 A feature without a match in any target space is judged by the source alone: nothing else can be asked of it.
 """
 MIN_WORDS = 3
+_JOINERS = "\u200c\u200d"
+"""Format characters that ordinary text holds: Persian and Indic words, emoji made of several."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Written:
     """What is wrong with the fields of a structured example."""
     targets: tuple[tuple[float, float], ...] = field(default=())
     """(activation, threshold) of the matched feature, for each target space that has one."""
+    opening: str = ""
+    """Anchor span that it was made to start with."""
 
 
 def fault(text: str) -> str:
@@ -57,13 +66,15 @@ def fault(text: str) -> str:
     found = words(text)
     if not text.strip():
         return "empty"
-    if not found or "\ufffd" in text or not all(c.isprintable() for c in text):
+    if not found or "\ufffd" in text or not all(c.isprintable() or c in _JOINERS for c in text):
         return "unparsable"
     if len(found) < MIN_WORDS:
         return "too_short"
     # Strong steering makes a model stutter: one word fills over a third of the text, or most words are repeats.
-    most = Counter(found).most_common(1)[0][1]
-    if len(found) >= 6 and (most > max(2, len(found) / 3) or len(set(found)) < 0.5 * len(found)):
+    # Where single characters are the words, some repeat in any sentence, but pairs of neighbours do not.
+    units = list(zip(found, found[1:], strict=False)) if sum(map(len, found)) < 2 * len(found) else found
+    most = Counter(units).most_common(1)[0][1]
+    if len(found) >= 6 and (most > max(2, len(units) / 3) or len(set(units)) < 0.5 * len(units)):
         return "repetitive"
     return ""
 
@@ -109,7 +120,9 @@ def judge(
         raise TransferError(f"Unknown requirement {require!r}.", f"Known: {', '.join(get_args(Require))}.")
     if duplicates not in DUPLICATES:
         raise TransferError(f"Unknown search for duplicates {duplicates!r}.", f"Known: {', '.join(DUPLICATES)}.")
-    known = DUPLICATES[duplicates](known_texts)
+    before = list(known_texts)
+    known = DUPLICATES[duplicates](before)
+    goes_on = continued([(w.text, w.opening) for w in written], before)
     verdicts = [""] * len(written)
     passing: dict[int, list[tuple[float, int]]] = {}
     for i, w in enumerate(written):
@@ -120,7 +133,7 @@ def judge(
             verdicts[i] = wrong
         elif w.text in protected:
             verdicts[i] = "contaminated"
-        elif w.text in known or any(jaccard(shingles(w.text), shingles(x)) > NEAR for x in w.shown):
+        elif goes_on[i] or w.text in known or any(jaccard(shingles(w.text), shingles(x)) > NEAR for x in w.shown):
             verdicts[i] = "copy"
         elif below := passes(w, require):
             verdicts[i] = below

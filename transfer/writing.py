@@ -17,7 +17,7 @@ from transfer.core.span import Span
 from transfer.core.texts import Text
 from transfer.core.workers import Workers
 from transfer.drafts import Target
-from transfer.duplicates import Contamination
+from transfer.duplicates import Contamination, Copies
 from transfer.strength import StrengthSearch
 from transfer.synthesis import Options
 from transfer.words import WordCounts, describe
@@ -91,6 +91,13 @@ def make_chat(settings: SynthSection, account: str = "") -> ChatModel:
     return served_chat(address, model, settings.asking, cache, f"{account}/synth" if account else "")
 
 
+def make_openings(settings: SynthSection, spans: Mapping[int, Sequence[Span]]) -> dict[int, list[str]]:
+    """Per feature, what every other text starts with; nothing where openings are switched off."""
+    if not settings.openings:
+        return {}
+    return {i: [o for span in found[: settings.examples] if (o := span.opening())] for i, found in spans.items()}
+
+
 def make_options(
     settings: SynthSection,
     adapter: Adapter,
@@ -120,6 +127,7 @@ def make_options(
             probes=settings.probes,
             features=settings.search_features,
         )
+    held_out = [t.text for t in evaluation]
     asked = spans if spans and settings.generator == "chat" else {}
     return Options(
         format=settings.format,
@@ -128,7 +136,8 @@ def make_options(
         retry_budget=settings.retry_budget,
         require=settings.require,
         targets=targets if settings.require != "source" else (),
-        protected=Contamination((t.text for t in evaluation), settings.decontaminate) if settings.decontaminate else (),
+        # Copies of evaluation texts are never kept, whether or not shared passages are looked for.
+        protected=Contamination(held_out, settings.decontaminate) if settings.decontaminate else Copies(held_out),
         duplicates=settings.duplicates,
         descriptions={i: describe(s, background) for i, s in asked.items()} if background else {},
         spans={i: [span.marked() for span in s[: settings.examples]] for i, s in asked.items()},

@@ -194,6 +194,9 @@ class SynthSection(Section):
     temperature: float = Field(0.8, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
     budget: int = Field(40, ge=2, description="Synthetic examples each arm adds to the seed data.")
+    openings: bool = Field(
+        True, description="Every other text starts with a few words of an anchor text, up to where its feature fires."
+    )
 
     generator: Literal["steered", "guided", "chat"] = Field(
         "steered",
@@ -222,7 +225,9 @@ class SynthSection(Section):
     )
     duplicates: Literal["exact", "minhash"] = Field("exact", description="How near-duplicates are looked for.")
     decontaminate: int = Field(
-        0, ge=0, description="Texts that share this many words in a row with an evaluation text are out; 0: not looked."
+        0,
+        ge=0,
+        description="Texts that share this many words in a row with an evaluation text are out; 0: whole copies.",
     )
     allow_harmful: bool = Field(
         False, description="Write texts of a harmful class from your own data (see transfer/safety.py)."

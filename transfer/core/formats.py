@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfer.core.errors import TransferError
+from transfer.core.span import words
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _MARK = re.compile(r"^\(?([AB])\)?$")
 _CHOICES = re.compile(r"\(A\)\s*\S.*\(B\)\s*\S", re.DOTALL)
 MIN_ANSWER_WORDS = 3
@@ -65,18 +65,18 @@ class Format:
         if not all(isinstance(value[name], str) for name in self.fields):
             return {}, "has a field that is not text"
         record = {name: value[name].strip() for name in self.fields}
-        empty = [name for name, words in record.items() if not words]
+        empty = [name for name, said in record.items() if not said]
         if empty:
             return record, f"has an empty {empty[0]}"
         return record, self.check(record)
 
 
 def _same(a: str, b: str) -> bool:
-    return [w.casefold() for w in _WORD.findall(a)] == [w.casefold() for w in _WORD.findall(b)]
+    return words(a) == words(b)
 
 
 def _short(record: Record, *names: str) -> str:
-    short = [n for n in names if len(_WORD.findall(record[n])) < MIN_ANSWER_WORDS]
+    short = [n for n in names if len(words(record[n])) < MIN_ANSWER_WORDS]
     return f"has a {short[0]} of fewer than {MIN_ANSWER_WORDS} words" if short else ""
 
 
@@ -85,7 +85,9 @@ def _preference(record: Record) -> str:
         return "has the same answer as chosen and as rejected"
     for name in ("chosen", "rejected"):
         # A pair compares two answers to one prompt: a prompt repeated inside an answer hides which was asked.
-        if record[name].startswith(record["prompt"]):
+        # The prompt "p" is not repeated by "pandas".
+        prompt, rest = record["prompt"], record[name].removeprefix(record["prompt"])
+        if rest != record[name] and not (prompt[-1:].isalnum() and rest[:1].isalnum()):
             return f"repeats the prompt in {name}"
     return _short(record, "chosen", "rejected")
 

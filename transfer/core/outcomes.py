@@ -11,6 +11,26 @@ from transfer.core.errors import TransferError
 from transfer.core.files import read_json, write_json
 from transfer.core.keys import SCHEMA
 from transfer.core.space import FeatureSet, FeatureSpace
+from transfer.core.span import opened
+
+
+def _read(path: Path, kind: type[Any], what: str) -> dict[str, Any]:
+    """The fields that ``kind.save`` wrote.
+
+    Raises:
+        TransferError: When the file holds something else.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or "schema" not in data:
+        raise TransferError(f"{path} is no {what}.", f"Name a file that a stage wrote as its {what}.")
+    del data["schema"]
+    known = {f.name for f in dataclasses.fields(kind)}
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    if odd := sorted((data.keys() - known) | (needed - data.keys())):
+        raise TransferError(
+            f"{path} is no {what}: {odd[0]!r} is unknown or missing.", f"Name a {what} of this version."
+        )
+    return data
 
 
 @dataclass(frozen=True)
@@ -94,12 +114,11 @@ class CoverageReport:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what ``save`` wrote."""
-        data = read_json(Path(path))
-        data.pop("schema")
+        data = _read(Path(path), cls, "coverage report")
         data["space"] = FeatureSpace(**data["space"])
         for name in ("relevant", "anchor_features", "covered", "missing"):
             data[name] = FeatureSet.from_dict(data[name])
-        data["costs"] = tuple(data["costs"])
+        data["costs"] = tuple(data.get("costs", ()))
         return cls(**data)
 
 
@@ -142,6 +161,11 @@ class Candidate:
     detail: str = ""
     """What exactly was wrong, where the verdict alone does not say it."""
 
+    @property
+    def opened(self) -> bool:
+        """Whether the text does start with its opening."""
+        return opened(self.text, self.opening)
+
 
 @dataclass(frozen=True)
 class SynthesisRun:
@@ -160,6 +184,10 @@ class SynthesisRun:
     """Of these, how many some kept text activates above its threshold."""
     info: dict[str, Any] = field(default_factory=dict)
     """What the options that were switched on did and counted; empty with all of them off."""
+    n_hit_opened: int | None = None
+    """Missing features that kept texts with an opening activate; None where it was not counted."""
+    n_hit_free: int | None = None
+    """The same of kept texts without one: what was reached without copying an anchor span."""
 
     def __post_init__(self) -> None:
         for c in self.candidates:
@@ -179,8 +207,11 @@ class SynthesisRun:
                 counts[c.verdict] = counts.get(c.verdict, 0) + 1
         return dict(sorted(counts.items()))
 
+    def _rate(self, n_hit: int | None) -> float | None:
+        return n_hit / self.n_missing if n_hit is not None and self.n_missing else None
+
     def summary(self) -> dict[str, Any]:
-        """The numbers of ``results.json``."""
+        """The numbers of ``results.json``; ``_opened`` and ``_free`` are with and without an opening."""
         return {
             "source": self.source,
             "generator": self.generator,
@@ -188,9 +219,15 @@ class SynthesisRun:
             "n_requested": self.n_requested,
             "n_candidates": len(self.candidates),
             "n_kept": len(self.kept),
-            "missing_hit_rate": self.n_hit / self.n_missing if self.n_missing else None,
+            "missing_hit_rate": self._rate(self.n_hit),
             "n_hit": self.n_hit,
             "n_missing": self.n_missing,
+            "n_candidates_opened": sum(c.opened for c in self.candidates),
+            "n_kept_opened": sum(c.opened for c in self.kept),
+            "n_hit_opened": self.n_hit_opened,
+            "missing_hit_rate_opened": self._rate(self.n_hit_opened),
+            "n_hit_free": self.n_hit_free,
+            "missing_hit_rate_free": self._rate(self.n_hit_free),
             "rejected": self.rejected(),
             **({"info": self.info} if self.info else {}),
         }
@@ -205,8 +242,7 @@ class SynthesisRun:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what ``save`` wrote."""
-        data = read_json(Path(path))
-        data.pop("schema")
+        data = _read(Path(path), cls, "synthesis")
         data["candidates"] = tuple(Candidate(**c) for c in data["candidates"])
         return cls(**data)
 

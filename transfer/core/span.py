@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 """A word: letters and digits, with apostrophes inside."""
+# Scripts without spaces: each character counts as a word.
+_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_COUNTED = re.compile(f"[{_ALONE}]|[^\\W_{_ALONE}]+(?:['\u2019][^\\W_]+)*")
 _SENTENCE = re.compile(r"[.!?]+[\"'’)]*\s+")
+
+
+def words(text: str) -> list[str]:
+    """Words of a text after NFKC and case folding: runs of letters and digits, apostrophes inside; no punctuation.
+
+    A Chinese character or a kana is a word.
+    """
+    return _COUNTED.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def opened(text: str, opening: str) -> bool:
+    """Whether a text starts with its opening; a chat model may not have kept to it."""
+    return bool(opening) and text.casefold().startswith(opening.casefold())
 
 
 @dataclass(frozen=True)
