@@ -9,7 +9,7 @@ import typer
 
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
-from transfer.options import Json, Quiet, RunByDefault, TextColumn
+from transfer.options import Json, Quiet, RunByDefault, TextColumn, refuse_unread
 
 if TYPE_CHECKING:
     from transfer.pipeline import Pipeline
@@ -25,6 +25,9 @@ Which features a dataset activates, and which documents would add most.
   transfer cover curve mine/ --anchor anchor/     against delta, and against the number of documents
   transfer cover curve demo
   transfer cover show runs/demo"""
+
+SAY_KEYS = "Leave it out; the experiment's keys say it, such as --set cover.delta=scale:0.5."
+"""What to do about an option that an experiment already answers."""
 
 cover = typer.Typer(cls=RunByDefault, help=HELP, no_args_is_help=True, rich_markup_mode=None)
 
@@ -47,6 +50,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Of resampling and of the order o
 
 @cover.command()
 def rank(
+    context: typer.Context,
     candidates: Annotated[str, typer.Argument(help="Store folder, or with --experiment a file of texts.")],
     anchor: Anchor = None,
     data: Data = None,
@@ -86,13 +90,16 @@ def rank(
     saturation = Saturation.parse(saturate)
     present: Any = None
     if experiment is not None:
-        if anchor is not None or data is not None or report is not None:
-            raise TransferError("--experiment already says what to cover.", "Leave out --anchor, --data and --report.")
+        told = ("anchor", "data", "report", "delta", "always_on")
+        refuse_unread(context, told, "with --experiment, which already says what to cover", SAY_KEYS)
+        if Path(candidates).is_dir():
+            refuse_unread(context, ("text_column",), "with a store", "Leave it out.")
         pipeline = _pipeline(experiment, settings, "rank")
         name = _named(pipeline, model)
         ground, present = _ground(pipeline, name)
         pool = _pool(candidates, pipeline, name, text_column)
     else:
+        refuse_unread(context, ("model", "settings", "text_column"), "without --experiment", "Name one.")
         if anchor is None:
             raise TransferError("Nothing says what to cover.", "Name a store with --anchor, or an --experiment.")
         ground = ranking.ground_of(
@@ -127,6 +134,7 @@ def rank(
 
 @cover.command()
 def curve(
+    context: typer.Context,
     data: Annotated[str, typer.Argument(help="Store folder of the dataset, or an experiment.")],
     anchor: Anchor = None,
     report: Report = None,
@@ -151,6 +159,7 @@ def curve(
     from transfer.tally import WHOLE
 
     if Path(data).is_dir():
+        refuse_unread(context, ("settings",), "with a store", "Leave it out, or name an experiment.")
         if anchor is None:
             raise TransferError("Nothing says what to cover.", "Name a store with --anchor.")
         mine = open_store(data)
@@ -168,6 +177,8 @@ def curve(
         )
         rows = curve_rows(found, mine.space.model, Path(data).name)
     else:
+        told = ("anchor", "report", "delta", "rule", "always_on", "orders", "bootstrap", "seed")
+        refuse_unread(context, told, "with an experiment, whose curves its cover stage draws", SAY_KEYS)
         pipeline = _pipeline(data, settings, "curve")
         rows = [row for _, folder in pipeline.coverage.values() for row in read_json(folder / "curves.json")]
     if out is not None:
@@ -237,10 +248,13 @@ def _point(row: dict[str, Any]) -> str:
 
 def _pipeline(config: str, settings: list[str], verb: str) -> Pipeline:
     from transfer.core.config import load_experiment, runs_folder
+    from transfer.judging import refuse_unread_keys
     from transfer.options import command_line
     from transfer.pipeline import Pipeline
 
-    made = Pipeline(load_experiment(config, settings), runs_folder(), command=command_line())
+    experiment = load_experiment(config, settings)
+    refuse_unread_keys(experiment, settings)
+    made = Pipeline(experiment, runs_folder(), command=command_line())
     made.check("cover")
     made.dir.event("cover", f"cover {verb}")
     return made
