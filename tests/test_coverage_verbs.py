@@ -141,6 +141,23 @@ def test_showing_a_report(transfer: Run, stores: dict[str, Path], tmp_path: Path
     assert code == 0 and json.loads(out)["ranks"] == found
 
 
+def test_showing_a_run_that_ended_with_its_cover_stage(transfer: Run, stores: dict[str, Path], tmp_path: Path) -> None:
+    anchor, data = (ActivationStore.load(stores[name]) for name in ("anchor", "data"))
+    relevant = FeatureSet(anchor.space, np.arange(500), "all")
+    run, kept = tmp_path / "runs" / "mine", tmp_path / "runs" / ".store" / "cover"
+    for key, rule in (("old", DeltaRule()), ("new", DeltaRule("constant", 0))):
+        found = coverage(anchor.space, anchor.docs, data.docs, relevant, thresholds(anchor.docs, rule))
+        found.save(kept / key / "seed.json")
+        write_json(run / "stages.json", {"harvest x": "harvest/1", "cover x": f"cover/{key}", "cover gone": "cover/2"})
+        # As after `transfer cover`: no results.json yet, or one of another coverage.
+        code, out, err = transfer("cover", "show", run, "--json")
+        assert code == 0, err
+        assert [row["fac"] for row in json.loads(out)] == [found.fac]
+        more = [*json.loads(out), {**json.loads(out)[0], "dataset": "seed + own"}]
+        write_json(run / "results.json", {"coverage": more})
+        assert len(json.loads(transfer("cover", "show", run, "--json")[1])) == 2
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

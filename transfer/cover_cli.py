@@ -202,16 +202,24 @@ def show_report(
 
 
 def _saved(path: Path, read: Any) -> list[dict[str, Any]]:
+    from transfer.core.files import plain
     from transfer.core.outcomes import CoverageReport
 
+    # What the run's last cover stage found; an older results.json must not be taken for it.
+    stages = read(path / "stages.json") if (path / "stages.json").is_file() else {}
+    files = [path.parent / ".store" / key / "seed.json" for title, key in stages.items() if title.startswith("cover ")]
+    covered = [plain(CoverageReport.load(file).summary()) for file in files if file.is_file()]
     for file in (path, path / "results.json", path / "seed.json"):
         if file.is_file():
             found = read(file)
             if isinstance(found, dict) and "anchor_features" in found:
                 return [CoverageReport.load(file).summary()]
             if isinstance(found, dict) and found.get("coverage"):
-                return list(found["coverage"])
+                rows = list(found["coverage"])
+                return covered if any(row not in rows for row in covered) else rows
             raise TransferError(f"{file} holds no coverage.", "Name a run's folder, or a report of the cover stage.")
+    if covered:
+        return covered
     raise TransferError(f"There is no coverage in {path}.", "Run `transfer cover run <experiment>` first.")
 
 
