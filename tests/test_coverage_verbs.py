@@ -71,9 +71,9 @@ def test_ranking_stores(transfer: Run, stores: dict[str, Path], tmp_path: Path) 
     anchor, data, pool = (ActivationStore.load(stores[name]) for name in ("anchor", "data", "pool"))
     delta = thresholds(anchor.docs)
     relevant = FeatureSet(anchor.space, np.arange(500), "all")
-    before = coverage(anchor.space, anchor.docs, data.docs, relevant, delta, n_bootstrap=0)
+    before = coverage(anchor.space, anchor.docs, data.docs, relevant, delta)
     both = sp.csr_matrix(sp.vstack([data.docs, pool.docs[pool.rows([r["id"] for r in rows])]]))
-    after = coverage(anchor.space, anchor.docs, both, relevant, delta, n_bootstrap=0)
+    after = coverage(anchor.space, anchor.docs, both, relevant, delta)
     assert found["coverage_before"] == pytest.approx(before.fac) and found["coverage_after"] == pytest.approx(after.fac)
     assert sum(r["gain"] for r in rows) == len(after.covered) - len(before.covered)
     code, out, _ = transfer(*args, "--budget", 15, "--top", 3, "--out", tmp_path / "best.jsonl")
@@ -177,8 +177,7 @@ def test_showing_a_run_that_ended_with_its_cover_stage(transfer: Run, stores: di
         (["curve", "demo", "--anchor", "{anchor}", "--report", "x"], "--anchor and --report do nothing with an exp"),
         (["curve", "demo", "--delta", "nonsense"], "--delta does nothing with an experiment"),
         (["curve", "demo", "--rule", "constant:3", "--always-on", "0.01"], "--rule and --always-on do nothing"),
-        (["curve", "demo", "--orders", "3", "--bootstrap", "0"], "--orders and --bootstrap do nothing"),
-        (["curve", "demo", "--seed", "0"], "--seed does nothing with an experiment"),
+        (["curve", "demo", "--orders", "3", "--seed", "0"], "--orders and --seed do nothing"),
         (["curve", "{pool}", "--anchor", "{anchor}", "--set", "seed=1"], "--set does nothing with a store"),
         (["curve", "demo", "--set", "judge.rubric=survival"], "judge.rubric does nothing here"),
         (["demo", "--set", "judge.rubric=survival"], "judge.rubric does nothing here"),

@@ -45,7 +45,7 @@ ExperimentRef = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Which of the experiment's models.")]
 Settings = Annotated[list[str], typer.Option("--set", help="Override a key of the experiment; repeatable.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of resampling and of the order of documents.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the groups and orders of documents.")]
 
 
 @cover.command()
@@ -143,7 +143,6 @@ def curve(
     rule: Annotated[list[str], typer.Option(help="delta rules of the curve; repeatable. Default: sixteen.")] = [],  # noqa: B006
     always_on: AlwaysOn = 0.5,
     orders: Annotated[int, typer.Option(min=2, help="Random orders of the documents.")] = 20,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for intervals over delta.")] = 100,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to save the points in.")] = None,
     as_json: Json = False,
@@ -171,13 +170,12 @@ def curve(
             ground.rule,
             rules=[DeltaRule.parse(text) for text in rule] or RULES,
             always_on=always_on,
-            n_bootstrap=bootstrap,
             orders=orders,
             seed=seed,
         )
         rows = curve_rows(found, mine.space.model, Path(data).name)
     else:
-        told = ("anchor", "report", "delta", "rule", "always_on", "orders", "bootstrap", "seed")
+        told = ("anchor", "report", "delta", "rule", "always_on", "orders", "seed")
         refuse_unread(context, told, "with an experiment, whose curves its cover stage draws", SAY_KEYS)
         pipeline = _pipeline(data, settings, "curve")
         rows = [row for _, folder in pipeline.coverage.values() for row in read_json(folder / "curves.json")]

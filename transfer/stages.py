@@ -183,7 +183,6 @@ def cover(
         dataset="seed",
         delta_rule=str(rule),
         always_on=settings.always_on,
-        n_bootstrap=settings.bootstrap,
         eps=settings.smoothing,
         seed=experiment.seed,
     )
@@ -193,7 +192,6 @@ def cover(
         relevant,
         rule,
         always_on=settings.always_on,
-        n_bootstrap=settings.bootstrap,
         eps=settings.smoothing,
         seed=experiment.seed,
     )
@@ -385,15 +383,12 @@ def datasets(
                 dataset=f"seed + {record['arm']} by {writer}",
                 delta_rule=report.delta_rule,
                 always_on=experiment.cover.always_on,
-                n_bootstrap=experiment.cover.bootstrap,
                 eps=experiment.cover.smoothing,
                 seed=experiment.seed,
             )
             hit = np.isin(report.missing.features, after.covered.features).sum()
             rate = float(hit / len(report.missing)) if len(report.missing) else None
-            low, high = missing_hit_interval(
-                report.missing, chosen, delta, n_bootstrap=experiment.cover.bootstrap, seed=experiment.seed
-            )
+            low, high = missing_hit_interval(report.missing, chosen, delta, seed=experiment.seed)
             hits = {"missing_hit_rate": rate, "missing_hit_rate_low": low, "missing_hit_rate_high": high}
             rows.append({**after.summary(), "arm": record["arm"], "writer": writer, **hits})
     write_json(out / "coverage.json", rows)
