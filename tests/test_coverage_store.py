@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transfer.core.errors import TransferError
 from transfer.core.files import load_arrays, map_arrays, save_arrays
 from transfer.core.space import FeatureSet
 from transfer.core.store import ActivationStore
+from transfer.cover_cli import _point
 from transfer.coverage import coverage, store_coverage
 from transfer.curves import curves
 from transfer.delta import DeltaRule, check_floor, thresholds
@@ -168,7 +170,27 @@ def test_curves_hold_what_coverage_says_and_read_once(store: ActivationStore, mo
             row["fac_frequency"] == pytest.approx(exact.fac_frequency) and row["ci_low"] <= row["fac"] <= row["ci_high"]
         )
     assert found["delta"][2]["fac"] is None and found["delta"][2]["n_anchor"] == 0
+    assert found["delta"][2]["why"] == "the anchor activates nothing"
     json.dumps(found)
+
+
+def test_points_below_the_floor_of_dense_codes_have_no_numbers() -> None:
+    """Activations up to the floor are not stored, so a lower δ would count as if it were the floor."""
+    rng = np.random.default_rng(3)
+    codes = scattered(rng, 60, 20, 0.4)
+    codes.data[codes.data <= 0.5] = 0
+    codes.eliminate_zeros()
+    dense = dataclasses.replace(space(20), rule="dense-0.5")
+    relevant, rules = FeatureSet(dense, np.arange(20), "test"), [DeltaRule("constant", x) for x in (0, 0.4, 0.5, 0.6)]
+    found = curves(codes, codes, relevant, DeltaRule(), rules=rules)["delta"]
+    assert [row["fac"] for row in found] == [None, None, 1, 1]
+    assert found[0]["why"] == "20 thresholds lie below 0.5, up to which nothing is stored" and "why" not in found[2]
+    assert found[0]["why"] in _point({**found[0], "curve": "delta", "model": "m"})
+    with pytest.raises(TransferError, match="20 thresholds lie below 0.5"):
+        curves(codes, codes, relevant, DeltaRule("constant", 0.4), rules=[])
+    # Codes by the SAE's own rule have no floor.
+    found = curves(codes, codes, chosen(20, [*range(20)]), DeltaRule("constant", 0), rules=rules)["delta"]
+    assert [row["fac"] for row in found] == [1, 1, 1, 1]
 
 
 def test_the_size_curve_rises_to_the_whole() -> None:
@@ -209,8 +231,6 @@ def test_noise_hides_missing_features_from_a_threshold_of_zero_first() -> None:
 
 
 def test_thresholds_below_the_floor_are_refused() -> None:
-    import dataclasses
-
     dense = dataclasses.replace(space(3), rule="dense-0.5, without digits")
     check_floor(dense, np.array([0.5, 0.7, 0]), np.array([True, True, False]))
     check_floor(space(3), np.zeros(3), np.ones(3, dtype=bool))

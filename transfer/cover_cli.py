@@ -247,7 +247,7 @@ def _point(row: dict[str, Any]) -> str:
     low, high = ("ci_low", "ci_high") if row["curve"] == "delta" else ("fac_low", "fac_high")
     at = row["delta_rule"] if row["curve"] == "delta" else f"{row['n_docs']:.0f} documents"
     if row["fac"] is None:
-        return f"{row['model']}  {at:<16}  the anchor activates nothing"
+        return f"{row['model']}  {at:<16}  {row['why']}"
     ends = "" if row.get(low) is None or row[low] != row[low] else f" [{row[low]:.3f}, {row[high]:.3f}]"
     return f"{row['model']}  {at:<16}  fac {row['fac']:.3f}{ends}  of {row['n_anchor']}"
 

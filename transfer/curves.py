@@ -14,7 +14,7 @@ from transfer.core.space import FeatureSet
 from transfer.core.stats import mean_interval
 from transfer.core.store import ActivationStore
 from transfer.coverage import alive, live_features
-from transfer.delta import DeltaRule, size, thresholds
+from transfer.delta import DeltaRule, below_floor, check_floor, floor_of, size, thresholds
 from transfer.kl import kl_frequency, kl_terms
 from transfer.tally import GROUPS, Tally, tally, tally_store
 
@@ -50,7 +50,8 @@ def curves(
     """Both curves, in one pass over the data whatever the number of δ.
 
     F is fixed before δ: the relevant features that are live (any positive value), so that all points share one set.
-    A δ at which the anchor activates none of them gives a row without numbers.
+    A δ at which the anchor activates none of them, or which lies below the floor of dense codes, gives a row without
+    numbers that says ``why``.
 
     Memory: of a store, that of ``tally_store`` with one threshold for each rule (0.6 GB for the 16 rules here at 65,536
     features); of a matrix, its codes once for each rule.
@@ -74,11 +75,12 @@ def curves(
         each number of documents with the mean of each number over orders and its interval.
 
     Raises:
-        TransferError: When spaces or widths differ, or there are no documents.
+        TransferError: When spaces or widths differ, there are no documents, or ``rule`` lies below the floor.
     """
     every = [rule, *rules]
     deltas = [thresholds(anchor_docs, r) for r in every]
     state = alive(anchor_docs, always_on)
+    check_floor(relevant.space, deltas[0], ~state.dead)
     if isinstance(data, ActivationStore):
         data.space.check(relevant.space, "The relevant feature set")
         live, _ = live_features(relevant, state, always_on)
@@ -91,14 +93,31 @@ def curves(
     if not tallies[0].n_docs:
         raise TransferError("The dataset holds no documents: there is no curve to draw.")
     anchors = [tally(anchor_docs, delta, live.features) for delta in deltas]
-    over_delta = [_point(a, t, live, r, eps, seed) for r, a, t in zip(every[1:], anchors[1:], tallies[1:], strict=True)]
+    counted = np.isin(np.arange(len(state.mask)), live.features)
+    lost = [below_floor(relevant.space, delta, counted) for delta in deltas]
+    over_delta = [
+        _point(a, t, live, r, n, eps, seed)
+        for r, a, t, n in zip(every[1:], anchors[1:], tallies[1:], lost[1:], strict=True)
+    ]
     return {"delta": over_delta, "size": over_sizes(anchors[0], tallies[0], orders, steps, eps, seed, str(rule))}
 
 
-def _point(anchor: Tally, data: Tally, live: FeatureSet, rule: DeltaRule, eps: float, seed: int) -> dict[str, Any]:
+def _point(
+    anchor: Tally, data: Tally, live: FeatureSet, rule: DeltaRule, lost: int, eps: float, seed: int
+) -> dict[str, Any]:
     row: dict[str, Any] = {"delta_rule": str(rule), "kind": rule.kind, "value": rule.value, "n_docs": data.n_docs}
+    if lost:
+        why = f"{lost} thresholds lie below {floor_of(live.space):g}, up to which nothing is stored"
+        return {**row, "n_anchor": None, "n_covered": None, "n_missing": None, "fac": None, "why": why}
     if not np.any(anchor.support):
-        return {**row, "n_anchor": 0, "n_covered": 0, "n_missing": 0, "fac": None}
+        return {
+            **row,
+            "n_anchor": 0,
+            "n_covered": 0,
+            "n_missing": 0,
+            "fac": None,
+            "why": "the anchor activates nothing",
+        }
     found = compare(anchor, data, live, eps=eps, seed=seed).summary()
     return row | {k: v for k, v in found.items() if k not in ("model", "dataset", "delta_rule", "costs")}
 
