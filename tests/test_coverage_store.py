@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from tests.benchmarks.coverage import synthetic_store
 from tests.benchmarks.coverage_planted import planted_coverage
@@ -15,6 +17,7 @@ from transfer.core.errors import TransferError
 from transfer.core.files import load_arrays, map_arrays, save_arrays
 from transfer.core.space import FeatureSet
 from transfer.core.store import ActivationStore
+from transfer.cover_cli import _point
 from transfer.coverage import coverage, store_coverage
 from transfer.curves import curves
 from transfer.delta import DeltaRule, check_floor, thresholds
@@ -113,31 +116,38 @@ def test_coverage_of_a_store_is_that_of_its_documents(store: ActivationStore) ->
     relevant = FeatureSet(store.space, np.arange(0, 400, 2), "test")
     rows = np.zeros(300, dtype=bool)
     rows[60:90] = True
-    exact = coverage(store.space, anchor, store.docs[60:90], relevant, delta, n_bootstrap=100)
-    found = store_coverage(anchor, store, relevant, delta, rows=rows, n_bootstrap=100)
+    exact = coverage(store.space, anchor, store.docs[60:90], relevant, delta)
+    found = store_coverage(anchor, store, relevant, delta, rows=rows)
     for name in ("fac", "fac_uncapped", "fac_frequency", "fac_magnitude", "kl_frequency", "n_docs", "n_always_on"):
         assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1e-5), name
     assert found.missing.features.tolist() == exact.missing.features.tolist()
-    assert found.ci_low < found.fac < found.ci_high
-    point = store_coverage(anchor, store, relevant, delta, rows=rows, n_bootstrap=0)
-    assert point.ci_low == point.fac == found.fac
+    # Each of the 30 documents is a group of its own in both.
+    assert found.intervals.keys() == exact.intervals.keys()
+    for name, ends in found.intervals.items():
+        assert ends == pytest.approx(exact.intervals[name], rel=1e-4), name
+    assert [found.ci_low, found.ci_high] == pytest.approx([exact.ci_low, exact.ci_high])
 
 
-def test_intervals_drawn_while_reading_are_those_of_the_bootstrap(
+def test_intervals_of_a_store_do_not_depend_on_the_order_of_its_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.benchmarks.coverage.SHARD", 500)
-    store = synthetic_store(tmp_path, 2000, 3000, 4)
-    relevant, anchor = FeatureSet(store.space, np.arange(3000), "test"), store.docs[:1000]
-    delta = np.full(3000, 0.8, dtype=np.float32)
-    exact = coverage(store.space, anchor, store.docs, relevant, delta, n_bootstrap=400)
-    found = store_coverage(anchor, store, relevant, delta, n_bootstrap=400)
-    for name in ("fac_frequency", "fac_magnitude", "kl", "kl_frequency"):
-        ours, theirs = np.array(found.intervals[name]), np.array(exact.intervals[name])
-        assert np.allclose(ours, theirs, atol=0.25 * np.ptp(theirs)), name
-    assert found.ci_high - found.ci_low == pytest.approx(exact.ci_high - exact.ci_low, rel=0.25)
-    again = store_coverage(anchor, store, relevant, delta, n_bootstrap=400)
-    assert again.intervals == found.intervals
+    """Neighbours that are alike must not fall into one group: its topic would go with it."""
+    monkeypatch.setattr("tests.benchmarks.coverage.SHARD", 2000)
+    store = synthetic_store(tmp_path, 2000, 300, 4)
+    dense = np.zeros((2000, 300), dtype=np.float32)
+    dense[np.arange(300), np.arange(300) * 2 // 3] = 1  # sorted by the one feature that each activates
+    docs = sp.csr_matrix(dense)
+    arrays = {"indptr": docs.indptr.astype(np.int64), "indices": docs.indices, "values": docs.data}
+    save_arrays(store.path / "docs-00000.safetensors", arrays)
+    store = ActivationStore.load(store.path)
+    relevant, anchor = FeatureSet(store.space, np.arange(200), "test"), sp.csr_matrix(np.eye(300, dtype=np.float32))
+    delta = np.zeros(300, dtype=np.float32)
+    exact = coverage(store.space, anchor, store.docs, relevant, delta)
+    found = store_coverage(anchor, store, relevant, delta)
+    for name in ("fac_uncapped", "fac_frequency", "kl", "kl_frequency"):
+        ours, theirs = (np.ptp(np.array(r.intervals[name], dtype=float)) for r in (found, exact))
+        assert 0.6 * theirs < ours < 2.5 * theirs, name  # 6 times as wide with runs of 31 neighbours
+    assert store_coverage(anchor, store, relevant, delta).intervals == found.intervals
 
 
 # Curves.
@@ -149,18 +159,38 @@ def test_curves_hold_what_coverage_says_and_read_once(store: ActivationStore, mo
     inner = ActivationStore.doc_blocks
     monkeypatch.setattr(ActivationStore, "doc_blocks", lambda self, *a: (passes.append(1), inner(self, *a))[1])
     rule, rules = DeltaRule("quantile", 0.5), [DeltaRule.parse(t) for t in ("constant:0", "scale:0.5", "constant:99")]
-    found = curves(anchor, store, relevant, rule, rules=rules, n_bootstrap=20, orders=5, seed=1)
+    found = curves(anchor, store, relevant, rule, rules=rules, orders=5, seed=1)
     assert len(passes) == 1
     assert [row["delta_rule"] for row in found["delta"]] == ["constant:0", "scale:0.5", "constant:99"]
     for row in found["delta"][:2]:
         delta = thresholds(anchor, DeltaRule.parse(row["delta_rule"]))
-        exact = coverage(store.space, anchor, store.docs, relevant, delta, n_bootstrap=0)
+        exact = coverage(store.space, anchor, store.docs, relevant, delta)
         assert row["fac"] == exact.fac and row["n_missing"] == len(exact.missing)
         assert (
             row["fac_frequency"] == pytest.approx(exact.fac_frequency) and row["ci_low"] <= row["fac"] <= row["ci_high"]
         )
     assert found["delta"][2]["fac"] is None and found["delta"][2]["n_anchor"] == 0
+    assert found["delta"][2]["why"] == "the anchor activates nothing"
     json.dumps(found)
+
+
+def test_points_below_the_floor_of_dense_codes_have_no_numbers() -> None:
+    """Activations up to the floor are not stored, so a lower δ would count as if it were the floor."""
+    rng = np.random.default_rng(3)
+    codes = scattered(rng, 60, 20, 0.4)
+    codes.data[codes.data <= 0.5] = 0
+    codes.eliminate_zeros()
+    dense = dataclasses.replace(space(20), rule="dense-0.5")
+    relevant, rules = FeatureSet(dense, np.arange(20), "test"), [DeltaRule("constant", x) for x in (0, 0.4, 0.5, 0.6)]
+    found = curves(codes, codes, relevant, DeltaRule(), rules=rules)["delta"]
+    assert [row["fac"] for row in found] == [None, None, 1, 1]
+    assert found[0]["why"] == "20 thresholds lie below 0.5, up to which nothing is stored" and "why" not in found[2]
+    assert found[0]["why"] in _point({**found[0], "curve": "delta", "model": "m"})
+    with pytest.raises(TransferError, match="20 thresholds lie below 0.5"):
+        curves(codes, codes, relevant, DeltaRule("constant", 0.4), rules=[])
+    # Codes by the SAE's own rule have no floor.
+    found = curves(codes, codes, chosen(20, [*range(20)]), DeltaRule("constant", 0), rules=rules)["delta"]
+    assert [row["fac"] for row in found] == [1, 1, 1, 1]
 
 
 def test_the_size_curve_rises_to_the_whole() -> None:
@@ -168,11 +198,15 @@ def test_the_size_curve_rises_to_the_whole() -> None:
     anchor, data = scattered(rng, 60, 80, 0.1), scattered(rng, 40, 80, 0.03)
     rule = DeltaRule("constant", 0)
     found = curves(anchor, data, chosen(80, list(range(80))), rule, rules=[], orders=10, seed=2)["size"]
-    exact = coverage(space(80), anchor, data, chosen(80, list(range(80))), np.zeros(80), n_bootstrap=0)
+    exact = coverage(space(80), anchor, data, chosen(80, list(range(80))), np.zeros(80))
     values = [row["fac"] for row in found]
     assert found[0]["n_docs"] == 1 and found[-1]["n_docs"] == 40 and np.all(np.diff(values) >= 0)
     assert values[-1] == pytest.approx(exact.fac) and found[-1]["fac_low"] == found[-1]["fac_high"]
     assert found[0]["fac_low"] < values[0] < found[0]["fac_high"]
+    # Two orders say little, but not that a share could be below 0 or above 1.
+    wide = curves(anchor, scattered(rng, 40, 80, 0.2), chosen(80, [*range(80)]), rule, rules=[], orders=2)["size"]
+    assert all(0 <= row["fac_low"] <= row["fac_high"] <= 1 and row["kl_low"] >= 0 for row in wide)
+    assert any(row["fac_low"] == 0 for row in wide) and any(row["fac_high"] == 1 > row["fac"] for row in wide)
     again = curves(anchor, data, chosen(80, list(range(80))), rule, rules=[], orders=10, seed=2)["size"]
     assert again == found
     with pytest.raises(TransferError, match="no documents"):
@@ -197,8 +231,6 @@ def test_noise_hides_missing_features_from_a_threshold_of_zero_first() -> None:
 
 
 def test_thresholds_below_the_floor_are_refused() -> None:
-    import dataclasses
-
     dense = dataclasses.replace(space(3), rule="dense-0.5, without digits")
     check_floor(dense, np.array([0.5, 0.7, 0]), np.array([True, True, False]))
     check_floor(space(3), np.zeros(3), np.ones(3, dtype=bool))

@@ -71,9 +71,9 @@ def test_ranking_stores(transfer: Run, stores: dict[str, Path], tmp_path: Path) 
     anchor, data, pool = (ActivationStore.load(stores[name]) for name in ("anchor", "data", "pool"))
     delta = thresholds(anchor.docs)
     relevant = FeatureSet(anchor.space, np.arange(500), "all")
-    before = coverage(anchor.space, anchor.docs, data.docs, relevant, delta, n_bootstrap=0)
+    before = coverage(anchor.space, anchor.docs, data.docs, relevant, delta)
     both = sp.csr_matrix(sp.vstack([data.docs, pool.docs[pool.rows([r["id"] for r in rows])]]))
-    after = coverage(anchor.space, anchor.docs, both, relevant, delta, n_bootstrap=0)
+    after = coverage(anchor.space, anchor.docs, both, relevant, delta)
     assert found["coverage_before"] == pytest.approx(before.fac) and found["coverage_after"] == pytest.approx(after.fac)
     assert sum(r["gain"] for r in rows) == len(after.covered) - len(before.covered)
     code, out, _ = transfer(*args, "--budget", 15, "--top", 3, "--out", tmp_path / "best.jsonl")
@@ -141,6 +141,23 @@ def test_showing_a_report(transfer: Run, stores: dict[str, Path], tmp_path: Path
     assert code == 0 and json.loads(out)["ranks"] == found
 
 
+def test_showing_a_run_that_ended_with_its_cover_stage(transfer: Run, stores: dict[str, Path], tmp_path: Path) -> None:
+    anchor, data = (ActivationStore.load(stores[name]) for name in ("anchor", "data"))
+    relevant = FeatureSet(anchor.space, np.arange(500), "all")
+    run, kept = tmp_path / "runs" / "mine", tmp_path / "runs" / ".store" / "cover"
+    for key, rule in (("old", DeltaRule()), ("new", DeltaRule("constant", 0))):
+        found = coverage(anchor.space, anchor.docs, data.docs, relevant, thresholds(anchor.docs, rule))
+        found.save(kept / key / "seed.json")
+        write_json(run / "stages.json", {"harvest x": "harvest/1", "cover x": f"cover/{key}", "cover gone": "cover/2"})
+        # As after `transfer cover`: no results.json yet, or one of another coverage.
+        code, out, err = transfer("cover", "show", run, "--json")
+        assert code == 0, err
+        assert [row["fac"] for row in json.loads(out)] == [found.fac]
+        more = [*json.loads(out), {**json.loads(out)[0], "dataset": "seed + own"}]
+        write_json(run / "results.json", {"coverage": more})
+        assert len(json.loads(transfer("cover", "show", run, "--json")[1])) == 2
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -151,6 +168,19 @@ def test_showing_a_report(transfer: Run, stores: dict[str, Path], tmp_path: Path
         (["rank", "{pool}", "--anchor", "{anchor}", "--weights", "random"], "uniform or kl"),
         (["rank", "{pool}", "--anchor", "{anchor}", "--delta", "constant:99"], "no relevant feature"),
         (["rank", "{pool}", "--anchor", "{anchor}", "--experiment", "demo"], "already says"),
+        (["rank", "x.jsonl", "--experiment", "demo", "--delta", "nonsense"], "--delta does nothing with --experiment"),
+        (["rank", "x.jsonl", "--experiment", "demo", "--always-on", "0.1", "--data", "x"], "--data and --always-on do"),
+        (["rank", "{pool}", "--experiment", "demo", "--text-column", "x"], "--text-column does nothing with a store"),
+        (["rank", "{pool}", "--anchor", "{anchor}", "--model", "x"], "--model does nothing without --experiment"),
+        (["rank", "{pool}", "--anchor", "{anchor}", "--set", "seed=1"], "--set does nothing without --experiment"),
+        (["rank", "{pool}", "--anchor", "{anchor}", "--text-column", "x"], "--text-column does nothing without"),
+        (["curve", "demo", "--anchor", "{anchor}", "--report", "x"], "--anchor and --report do nothing with an exp"),
+        (["curve", "demo", "--delta", "nonsense"], "--delta does nothing with an experiment"),
+        (["curve", "demo", "--rule", "constant:3", "--always-on", "0.01"], "--rule and --always-on do nothing"),
+        (["curve", "demo", "--orders", "3", "--seed", "0"], "--orders and --seed do nothing"),
+        (["curve", "{pool}", "--anchor", "{anchor}", "--set", "seed=1"], "--set does nothing with a store"),
+        (["curve", "demo", "--set", "judge.rubric=survival"], "judge.rubric does nothing here"),
+        (["demo", "--set", "judge.rubric=survival"], "judge.rubric does nothing here"),
         (["curve", "{pool}"], "Nothing says what to cover"),
         (["show", "nowhere"], "no coverage in nowhere"),
         (["curv", "{pool}"], "No such command"),

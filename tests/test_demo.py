@@ -27,7 +27,6 @@ SMALL = [
     "synth.strengths=[0.0,1.0]",
     "synth.max_new_tokens=24",
     "synth.budget=16",
-    "cover.bootstrap=20",
     "align.n_null=5",
     "tune.recipes=[head]",  # the brief LoRA of the demo has its own tests; 180 cells of it take minutes here
     "processes=1",

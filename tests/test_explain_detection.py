@@ -22,8 +22,18 @@ from transfer.core.config import JudgeSection
 from transfer.core.errors import TransferError
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
-from transfer.detection import auroc, balanced_accuracy, chat_detection, description_terms, quizzes, word_detection
+from transfer.detection import (
+    Auroc,
+    WordDetection,
+    auroc,
+    balanced_accuracy,
+    chat_detection,
+    description_terms,
+    quizzes,
+    word_detection,
+)
 from transfer.explain import Material, explain, judged_relevance
+from transfer.explain_cli import _score
 from transfer.statistical import StatisticalJudge
 
 SUBJECTS = ("knife", "bomb", "cake", "garden", "poem", "train", "island", "kitten")
@@ -293,3 +303,16 @@ def test_the_lens_names_the_tokens_that_a_direction_writes() -> None:
     assert found[0][0][0] == "word7" and {w for w, _ in found[1]} == {"word5", "word9"}  # once, whatever its case
     assert len(found[2]) <= 1 and found[3] == ()
     assert promoted_tokens(language, directions * 100, np.array([1]))[1][0][1] == pytest.approx(found[1][0][1])
+
+
+def test_intervals_of_means_stay_within_what_they_are_means_of() -> None:
+    def scores(*values: float) -> tuple[Auroc, ...]:
+        return tuple(Auroc(v, v, v, 5, 5) for v in values)
+
+    good, bad = (1.0, 1.0, 1.0, 1.0, 0.1), (0.0, 0.0, 0.0, 0.0, 0.9)
+    summary = WordDetection(np.arange(5), scores(*good), scores(*bad), 0).summary()
+    assert (summary["auroc_high"], summary["control_low"], summary["gain_high"]) == (1, 0, 1)
+    assert 0 < summary["auroc_low"] < summary["auroc"] and summary["gain_low"] < 0
+    few = WordDetection(np.arange(4), scores(*good[:4]), scores(*bad[:4]), 0).summary()
+    assert few["auroc"] == 1 and few["auroc_low"] is None and few["gain_high"] is None
+    assert _score(few) == "n 4, 0 untested · auroc 1.000 · control 0.000 · gain 1.000"

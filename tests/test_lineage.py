@@ -226,6 +226,13 @@ def test_the_card_names_the_source_texts_and_the_command_that_wrote(tmp_path: Pa
     assert "| Command | `transfer synth mine.yaml; " in words and "transfer cover" not in words
 
 
+def test_a_limit_that_a_dataset_would_not_keep_is_refused(tmp_path: Path) -> None:
+    asked = ["export", str(saved(tmp_path)), "--out", str(tmp_path / "d"), "--licence", "mit", "--per-feature", "1"]
+    refused = CliRunner().invoke(synth, asked).exception
+    assert isinstance(refused, TransferError) and "--per-feature does nothing with --to dataset" in str(refused)
+    assert not (tmp_path / "d").exists()
+
+
 def test_export_of_a_harmful_label_warns_without_being_told(tmp_path: Path) -> None:
     place = saved(tmp_path, "toxic")
     asked = ["export", str(place), "--out", str(tmp_path / "d"), "--licence", "mit", "--quiet"]

@@ -63,7 +63,7 @@ def test_evaluation_texts_are_never_harvested(tmp_path: Path) -> None:
 
 
 def test_one_model_alone_is_covered_but_not_aligned_and_later_stages_stay_listed(tmp_path: Path) -> None:
-    quick = ["cover.bootstrap=10", "models={llama: {model: zoo:llama, sae: zoo:llama/sae}}"]
+    quick = ["models={llama: {model: zoo:llama, sae: zoo:llama/sae}}"]
     run = Pipeline(load_experiment("demo", quick), tmp_path, [])
     with pytest.raises(TransferError, match="needs two models"):
         run.run("align")

@@ -69,7 +69,10 @@ def _through(
         if value is not None:
             overrides.append(f"data.{key}={json.dumps(value)}")
     experiment = load_experiment(config, overrides)
+    from transfer.judging import refuse_unread_keys
     from transfer.pipeline import Pipeline
+
+    refuse_unread_keys(experiment, settings)
 
     result = Pipeline(experiment, runs_folder(), command=command_line()).run(stage)
     show(result if as_json else lines_of(result))

@@ -9,7 +9,7 @@ import typer
 
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
-from transfer.options import Json, Quiet, RunByDefault, TextColumn
+from transfer.options import Json, Quiet, RunByDefault, TextColumn, refuse_unread
 
 if TYPE_CHECKING:
     from transfer.pipeline import Pipeline
@@ -25,6 +25,9 @@ Which features a dataset activates, and which documents would add most.
   transfer cover curve mine/ --anchor anchor/     against delta, and against the number of documents
   transfer cover curve demo
   transfer cover show runs/demo"""
+
+SAY_KEYS = "Leave it out; the experiment's keys say it, such as --set cover.delta=scale:0.5."
+"""What to do about an option that an experiment already answers."""
 
 cover = typer.Typer(cls=RunByDefault, help=HELP, no_args_is_help=True, rich_markup_mode=None)
 
@@ -42,11 +45,12 @@ ExperimentRef = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Which of the experiment's models.")]
 Settings = Annotated[list[str], typer.Option("--set", help="Override a key of the experiment; repeatable.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of resampling and of the order of documents.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the groups and orders of documents.")]
 
 
 @cover.command()
 def rank(
+    context: typer.Context,
     candidates: Annotated[str, typer.Argument(help="Store folder, or with --experiment a file of texts.")],
     anchor: Anchor = None,
     data: Data = None,
@@ -86,13 +90,16 @@ def rank(
     saturation = Saturation.parse(saturate)
     present: Any = None
     if experiment is not None:
-        if anchor is not None or data is not None or report is not None:
-            raise TransferError("--experiment already says what to cover.", "Leave out --anchor, --data and --report.")
+        told = ("anchor", "data", "report", "delta", "always_on")
+        refuse_unread(context, told, "with --experiment, which already says what to cover", SAY_KEYS)
+        if Path(candidates).is_dir():
+            refuse_unread(context, ("text_column",), "with a store", "Leave it out.")
         pipeline = _pipeline(experiment, settings, "rank")
         name = _named(pipeline, model)
         ground, present = _ground(pipeline, name)
         pool = _pool(candidates, pipeline, name, text_column)
     else:
+        refuse_unread(context, ("model", "settings", "text_column"), "without --experiment", "Name one.")
         if anchor is None:
             raise TransferError("Nothing says what to cover.", "Name a store with --anchor, or an --experiment.")
         ground = ranking.ground_of(
@@ -127,6 +134,7 @@ def rank(
 
 @cover.command()
 def curve(
+    context: typer.Context,
     data: Annotated[str, typer.Argument(help="Store folder of the dataset, or an experiment.")],
     anchor: Anchor = None,
     report: Report = None,
@@ -135,7 +143,6 @@ def curve(
     rule: Annotated[list[str], typer.Option(help="delta rules of the curve; repeatable. Default: sixteen.")] = [],  # noqa: B006
     always_on: AlwaysOn = 0.5,
     orders: Annotated[int, typer.Option(min=2, help="Random orders of the documents.")] = 20,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for intervals over delta.")] = 100,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to save the points in.")] = None,
     as_json: Json = False,
@@ -151,6 +158,7 @@ def curve(
     from transfer.tally import WHOLE
 
     if Path(data).is_dir():
+        refuse_unread(context, ("settings",), "with a store", "Leave it out, or name an experiment.")
         if anchor is None:
             raise TransferError("Nothing says what to cover.", "Name a store with --anchor.")
         mine = open_store(data)
@@ -162,12 +170,13 @@ def curve(
             ground.rule,
             rules=[DeltaRule.parse(text) for text in rule] or RULES,
             always_on=always_on,
-            n_bootstrap=bootstrap,
             orders=orders,
             seed=seed,
         )
         rows = curve_rows(found, mine.space.model, Path(data).name)
     else:
+        told = ("anchor", "report", "delta", "rule", "always_on", "orders", "seed")
+        refuse_unread(context, told, "with an experiment, whose curves its cover stage draws", SAY_KEYS)
         pipeline = _pipeline(data, settings, "curve")
         rows = [row for _, folder in pipeline.coverage.values() for row in read_json(folder / "curves.json")]
     if out is not None:
@@ -191,16 +200,24 @@ def show_report(
 
 
 def _saved(path: Path, read: Any) -> list[dict[str, Any]]:
+    from transfer.core.files import plain
     from transfer.core.outcomes import CoverageReport
 
+    # What the run's last cover stage found; an older results.json must not be taken for it.
+    stages = read(path / "stages.json") if (path / "stages.json").is_file() else {}
+    files = [path.parent / ".store" / key / "seed.json" for title, key in stages.items() if title.startswith("cover ")]
+    covered = [plain(CoverageReport.load(file).summary()) for file in files if file.is_file()]
     for file in (path, path / "results.json", path / "seed.json"):
         if file.is_file():
             found = read(file)
             if isinstance(found, dict) and "anchor_features" in found:
                 return [CoverageReport.load(file).summary()]
             if isinstance(found, dict) and found.get("coverage"):
-                return list(found["coverage"])
+                rows = list(found["coverage"])
+                return covered if any(row not in rows for row in covered) else rows
             raise TransferError(f"{file} holds no coverage.", "Name a run's folder, or a report of the cover stage.")
+    if covered:
+        return covered
     raise TransferError(f"There is no coverage in {path}.", "Run `transfer cover run <experiment>` first.")
 
 
@@ -230,17 +247,20 @@ def _point(row: dict[str, Any]) -> str:
     low, high = ("ci_low", "ci_high") if row["curve"] == "delta" else ("fac_low", "fac_high")
     at = row["delta_rule"] if row["curve"] == "delta" else f"{row['n_docs']:.0f} documents"
     if row["fac"] is None:
-        return f"{row['model']}  {at:<16}  the anchor activates nothing"
+        return f"{row['model']}  {at:<16}  {row['why']}"
     ends = "" if row.get(low) is None or row[low] != row[low] else f" [{row[low]:.3f}, {row[high]:.3f}]"
     return f"{row['model']}  {at:<16}  fac {row['fac']:.3f}{ends}  of {row['n_anchor']}"
 
 
 def _pipeline(config: str, settings: list[str], verb: str) -> Pipeline:
     from transfer.core.config import load_experiment, runs_folder
+    from transfer.judging import refuse_unread_keys
     from transfer.options import command_line
     from transfer.pipeline import Pipeline
 
-    made = Pipeline(load_experiment(config, settings), runs_folder(), command=command_line())
+    experiment = load_experiment(config, settings)
+    refuse_unread_keys(experiment, settings)
+    made = Pipeline(experiment, runs_folder(), command=command_line())
     made.check("cover")
     made.dir.event("cover", f"cover {verb}")
     return made

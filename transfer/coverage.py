@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from transfer.compare import BLOCK, compare, interval
+from transfer.compare import compare, deal, interval
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import CoverageReport
 from transfer.core.space import FeatureSet, FeatureSpace
@@ -80,7 +80,6 @@ def coverage(
     anchor: str = "anchor",
     delta_rule: str = "",
     always_on: float = 0.5,
-    n_bootstrap: int = 200,
     confidence: float = 0.95,
     eps: float = 1e-3,
     seed: int = 0,
@@ -90,7 +89,7 @@ def coverage(
     Features of ``relevant`` that neither set of documents ever fires, or that fire on more than ``always_on`` of the
     anchor, are left out of F; the counts stand in the report.
 
-    Memory: a few copies of the documents' codes, and ``BLOCK`` replicates.
+    Memory: a few copies of the documents' codes, and ``GROUPS`` × features × 16 bytes.
 
     Args:
         space: The space everything here belongs to.
@@ -102,10 +101,9 @@ def coverage(
         anchor: Name of the anchor.
         delta_rule: The rule as text.
         always_on: See ``alive``.
-        n_bootstrap: Resamples; 0 gives an interval of the value alone.
         confidence: Of the intervals, see ``transfer.compare``.
         eps: Smoothing of the divergences.
-        seed: Of the resampling.
+        seed: Of the groups that the intervals leave out.
 
     Raises:
         TransferError: When shapes or spaces differ, or the anchor activates no relevant feature.
@@ -122,7 +120,6 @@ def coverage(
         dataset=dataset,
         anchor=anchor,
         delta_rule=delta_rule,
-        n_bootstrap=n_bootstrap,
         confidence=confidence,
         eps=eps,
         seed=seed,
@@ -150,7 +147,6 @@ def store_coverage(
     *,
     rows: np.ndarray | None = None,
     always_on: float = 0.5,
-    n_bootstrap: int = 100,
     seed: int = 0,
     **options: Any,
 ) -> CoverageReport:
@@ -167,22 +163,21 @@ def store_coverage(
         delta: Thresholds, [n_features].
         rows: Only these documents of the store, bool [docs].
         always_on: See ``alive``.
-        n_bootstrap: Resamples, with Poisson weights, drawn during the pass; without any it takes a tenth of the time.
-        seed: Of the resampling.
+        seed: Of the groups that the intervals leave out.
         **options: Names, ``delta_rule``, ``confidence`` and ``eps`` of ``transfer.compare``.
 
     Raises:
         TransferError: As ``coverage`` and ``tally_store``.
     """
     store.space.check(relevant.space, "The relevant feature set")
-    (data,) = tally_store(store, [delta], relevant.features, rows=rows, draws=n_bootstrap, seed=seed)
+    (data,) = tally_store(store, [delta], relevant.features, rows=rows, seed=seed)
     state = alive(anchor_docs, always_on)
     fired = np.zeros(store.space.n_features, dtype=bool)
     fired[relevant.features] = data.support > 0
     live, counts = live_features(relevant, Alive(state.dead & ~fired, state.always_on), always_on)
     ids = live.features
     anchor = tally(anchor_docs, delta, ids)
-    return compare(anchor, data.over(ids), live, n_bootstrap=0, seed=seed, left_out=counts, **options)
+    return compare(anchor, data.over(ids), live, seed=seed, left_out=counts, **options)
 
 
 def missing_hit_rate(missing: FeatureSet, kept_docs: sp.csr_matrix, delta: np.ndarray) -> tuple[int, float]:
@@ -205,22 +200,17 @@ def missing_hit_interval(
     kept_docs: sp.csr_matrix,
     delta: np.ndarray,
     *,
-    n_bootstrap: int = 200,
     confidence: float = 0.95,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Interval of ``missing_hit_rate`` over kept texts of the same kind, centred as in ``compare``; NaN without any."""
-    n_hit, _ = missing_hit_rate(missing, kept_docs, delta)
-    if not len(missing):
-        return math.nan, math.nan
-    hit = fires(kept_docs, delta)[:, missing.features].T.tocsr().astype(np.float32)
+) -> tuple[float | None, float | None]:
+    """Interval of ``missing_hit_rate`` over as many kept texts of the same kind: see ``transfer.compare.interval``."""
+    _, rate = missing_hit_rate(missing, kept_docs, delta)
     n_docs = size(kept_docs)[0]
-    rng = np.random.default_rng(seed)
-    values = np.empty(n_bootstrap if n_docs else 0)
-    for begin in range(0, len(values), BLOCK):
-        drawn = np.zeros((n_docs, min(BLOCK, len(values) - begin)), dtype=np.float32)
-        for column in range(drawn.shape[1]):
-            drawn[rng.integers(n_docs, size=n_docs), column] = 1
-        values[begin : begin + drawn.shape[1]] = ((hit @ drawn) > 0).mean(axis=0)
-    low, high = interval(values, n_hit / len(missing), confidence, share=True)
+    if not len(missing) or not n_docs:
+        return None, None
+    hit = fires(kept_docs, delta)[:, missing.features].T.astype(np.float32)
+    group = deal(n_docs, seed)
+    counts = np.asarray(hit @ np.eye(group.max() + 1, dtype=np.float32)[group])
+    without = (counts.sum(axis=1, keepdims=True) - counts > 0).mean(axis=0)
+    low, high = interval(without, rate, confidence, 1 / len(missing), share=True)
     return low, high

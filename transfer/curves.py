@@ -14,7 +14,7 @@ from transfer.core.space import FeatureSet
 from transfer.core.stats import mean_interval
 from transfer.core.store import ActivationStore
 from transfer.coverage import alive, live_features
-from transfer.delta import DeltaRule, size, thresholds
+from transfer.delta import DeltaRule, below_floor, check_floor, floor_of, size, thresholds
 from transfer.kl import kl_frequency, kl_terms
 from transfer.tally import GROUPS, Tally, tally, tally_store
 
@@ -42,7 +42,6 @@ def curves(
     rows: np.ndarray | None = None,
     groups: int = GROUPS,
     always_on: float = 0.5,
-    n_bootstrap: int = 200,
     orders: int = 20,
     steps: int = STEPS,
     eps: float = 1e-3,
@@ -51,10 +50,11 @@ def curves(
     """Both curves, in one pass over the data whatever the number of δ.
 
     F is fixed before δ: the relevant features that are live (any positive value), so that all points share one set.
-    A δ at which the anchor activates none of them gives a row without numbers.
+    A δ at which the anchor activates none of them, or which lies below the floor of dense codes, gives a row without
+    numbers that says ``why``.
 
-    Memory: of a store, that of ``tally_store`` with one threshold for each rule (1.5 GB for the 16 rules here at 65,536
-    features and 100 resamples); of a matrix, its codes once for each rule.
+    Memory: of a store, that of ``tally_store`` with one threshold for each rule (0.6 GB for the 16 rules here at 65,536
+    features); of a matrix, its codes once for each rule.
 
     Args:
         anchor_docs: Max over tokens of the anchor, [docs, n_features].
@@ -65,27 +65,26 @@ def curves(
         rows: Only these documents of a store, bool [docs].
         groups: Groups of a store; sizes are multiples of one.
         always_on: See ``alive``.
-        n_bootstrap: Resamples for the intervals over δ.
         orders: Random orders of the documents; each gives one chain of nested subsets.
         steps: Sizes.
         eps: Smoothing of the divergences.
-        seed: Of groups, orders and resampling.
+        seed: Of groups and orders.
 
     Returns:
         ``delta``: a row for each rule with ``fac``, its interval, the variants, and the counts. ``size``: a row for
         each number of documents with the mean of each number over orders and its interval.
 
     Raises:
-        TransferError: When spaces or widths differ, or there are no documents.
+        TransferError: When spaces or widths differ, there are no documents, or ``rule`` lies below the floor.
     """
     every = [rule, *rules]
     deltas = [thresholds(anchor_docs, r) for r in every]
     state = alive(anchor_docs, always_on)
+    check_floor(relevant.space, deltas[0], ~state.dead)
     if isinstance(data, ActivationStore):
         data.space.check(relevant.space, "The relevant feature set")
         live, _ = live_features(relevant, state, always_on)
-        tallies = tally_store(data, deltas, live.features, rows=rows, groups=groups, draws=n_bootstrap, seed=seed)
-        n_bootstrap = 0  # drawn already
+        tallies = tally_store(data, deltas, live.features, rows=rows, groups=groups, seed=seed)
     else:
         if size(data)[1] != len(state.mask):
             raise TransferError(f"The data documents have {size(data)[1]} features, the anchor {len(state.mask)}.")
@@ -94,20 +93,32 @@ def curves(
     if not tallies[0].n_docs:
         raise TransferError("The dataset holds no documents: there is no curve to draw.")
     anchors = [tally(anchor_docs, delta, live.features) for delta in deltas]
+    counted = np.isin(np.arange(len(state.mask)), live.features)
+    lost = [below_floor(relevant.space, delta, counted) for delta in deltas]
     over_delta = [
-        _point(a, t, live, r, n_bootstrap, eps, seed)
-        for r, a, t in zip(every[1:], anchors[1:], tallies[1:], strict=True)
+        _point(a, t, live, r, n, eps, seed)
+        for r, a, t, n in zip(every[1:], anchors[1:], tallies[1:], lost[1:], strict=True)
     ]
     return {"delta": over_delta, "size": over_sizes(anchors[0], tallies[0], orders, steps, eps, seed, str(rule))}
 
 
 def _point(
-    anchor: Tally, data: Tally, live: FeatureSet, rule: DeltaRule, n_bootstrap: int, eps: float, seed: int
+    anchor: Tally, data: Tally, live: FeatureSet, rule: DeltaRule, lost: int, eps: float, seed: int
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"delta_rule": str(rule), "kind": rule.kind, "value": rule.value, "n_docs": data.n_docs}
+    if lost:
+        why = f"{lost} thresholds lie below {floor_of(live.space):g}, up to which nothing is stored"
+        return {**row, "n_anchor": None, "n_covered": None, "n_missing": None, "fac": None, "why": why}
     if not np.any(anchor.support):
-        return {**row, "n_anchor": 0, "n_covered": 0, "n_missing": 0, "fac": None}
-    found = compare(anchor, data, live, n_bootstrap=n_bootstrap, eps=eps, seed=seed).summary()
+        return {
+            **row,
+            "n_anchor": 0,
+            "n_covered": 0,
+            "n_missing": 0,
+            "fac": None,
+            "why": "the anchor activates nothing",
+        }
+    found = compare(anchor, data, live, eps=eps, seed=seed).summary()
     return row | {k: v for k, v in found.items() if k not in ("model", "dataset", "delta_rule", "costs")}
 
 
@@ -153,6 +164,8 @@ def over_sizes(
         row |= {"delta_rule": delta_rule, "n_anchor": n_anchor}
         for name in ("fac", "fac_uncapped", "kl", "kl_frequency"):
             found = mean_interval(values[name][:, column])
-            row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+            # The t interval knows no bounds; shares end at 1, and nothing here is negative.
+            high = min(found.high, 1.0) if name == "fac" else found.high
+            row |= {name: found.value, f"{name}_low": max(found.low, 0.0), f"{name}_high": high}
         rows.append(row)
     return rows

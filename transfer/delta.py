@@ -141,6 +141,11 @@ def floor_of(space: FeatureSpace) -> float:
     return float(value) if kind == "dense" else 0.0
 
 
+def below_floor(space: FeatureSpace, delta: np.ndarray, live: np.ndarray) -> int:
+    """How many thresholds of live features lie below what the space stores; see ``check_floor``."""
+    return int(np.count_nonzero(delta[live] < floor_of(space)))
+
+
 def check_floor(space: FeatureSpace, delta: np.ndarray, live: np.ndarray) -> None:
     """Refuse thresholds below what the space stores: activations between the two would be lost unseen.
 
@@ -152,10 +157,8 @@ def check_floor(space: FeatureSpace, delta: np.ndarray, live: np.ndarray) -> Non
     Raises:
         TransferError: Saying how many thresholds are too low.
     """
-    floor = floor_of(space)
-    low = int(np.count_nonzero(delta[live] < floor))
-    if low:
+    if low := below_floor(space, delta, live):
         raise TransferError(
-            f"{low} thresholds lie below {floor:g}, up to which {space.id} stores no activation.",
+            f"{low} thresholds lie below {floor_of(space):g}, up to which {space.id} stores no activation.",
             f"Raise delta, or harvest with codes dense:{float(delta[live].min()):g}.",
         )

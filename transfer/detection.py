@@ -13,12 +13,16 @@ from scipy.stats import norm, rankdata
 
 from models.detector import ChatReader, Quiz
 from transfer.core.errors import TransferError
-from transfer.core.stats import Interval, mean_interval
+from transfer.core.stats import mean_interval
 from transfer.spans import Spans
 from transfer.words import STOP, terms
 
 LEAST = 3
 """Held-out documents in which a feature has to fire, and not to fire, to be scored."""
+
+
+FEATURES = 5
+"""Features below which a mean over them has no interval."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,10 @@ class WordDetection:
             return {"n": 0, "n_untested": self.n_untested}
         own, other = (np.array([a.value for a in part]) for part in (self.own, self.other))
         found: dict[str, Any] = {"n": len(own), "n_untested": self.n_untested}
-        found |= _interval("auroc", mean_interval(own))
+        found |= _interval("auroc", own)
         if len(own) > 1:
-            found |= _interval("control", mean_interval(other))
-            found |= _interval("gain", mean_interval(own - other))
+            found |= _interval("control", other)
+            found |= _interval("gain", own - other, -1.0)
         return found
 
 
@@ -244,10 +248,10 @@ class ChatDetection:
         found: dict[str, Any] = {"n": len(self.own), "n_untested": self.n_untested, "reader": self.reader}
         found |= {f"n_{k}": v for k, v in self.counts.items()}
         if self.own:
-            found |= _interval("balanced_accuracy", mean_interval(list(self.own.values())))
+            found |= _interval("balanced_accuracy", list(self.own.values()))
         if self.other:
-            found |= _interval("control", mean_interval(list(self.other.values())))
-            found |= _interval("gain", mean_interval([self.own[f] - self.other[f] for f in self.other]))
+            found |= _interval("control", list(self.other.values()))
+            found |= _interval("gain", [self.own[f] - self.other[f] for f in self.other], -1.0)
         return found
 
 
@@ -267,5 +271,9 @@ def chat_detection(
     return ChatDetection(kind, answered.reader, own, other, answered.counts, len(short))
 
 
-def _interval(name: str, found: Interval) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+def _interval(name: str, values: Sequence[float] | np.ndarray, least: float = 0.0) -> dict[str, float | None]:
+    """Mean with its t interval cut at ``least`` and 1; no ends with fewer than ``FEATURES`` values."""
+    found = mean_interval(values)
+    few = len(values) < FEATURES
+    ends = (None, None) if few else (max(found.low, least), min(found.high, 1.0))
+    return {name: found.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}

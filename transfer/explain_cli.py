@@ -293,7 +293,8 @@ def _score(summary: dict[str, Any]) -> str:
     parts = [f"n {summary['n']}, {summary['n_untested']} untested"]
     for name in ("auroc", "balanced_accuracy", "control", "gain"):
         if name in summary:
-            parts.append(f"{name} {summary[name]:.3f} [{summary[f'{name}_low']:.3f}, {summary[f'{name}_high']:.3f}]")
+            low, high = summary[f"{name}_low"], summary[f"{name}_high"]
+            parts.append(f"{name} {summary[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]"))
     return " · ".join(parts)
 
 

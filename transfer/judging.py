@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,25 @@ from transfer.explain import judged_relevance
 
 USAGE = "usage.json"
 """File of a stage that says what its judge took."""
+
+CHAT_KEYS = ("rubric", "threshold", "model", "spans", "silent")
+"""Keys of ``judge`` that only a language model reads in the cover stage."""
+
+
+def refuse_unread_keys(experiment: Experiment, settings: Sequence[str]) -> None:
+    """Refuse overrides that the statistical judge of the cover stage would not read.
+
+    Raises:
+        TransferError: Naming the first.
+    """
+    if experiment.judge.kind != "statistical":
+        return
+    for key in (text.partition("=")[0] for text in settings):
+        if key.removeprefix("judge.") in CHAT_KEYS and key.startswith("judge."):
+            raise TransferError(
+                f"{key} does nothing here: the statistical judge goes by labels and topics.",
+                "Leave it out, set judge.kind=endpoint or local, or use `transfer explain`.",
+            )
 
 
 def chat_model(experiment: Experiment, kind: str, cache: AnswerCache | None) -> Endpoint | LocalChat:

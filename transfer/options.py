@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from transfer.core.errors import TransferError
 
 TextColumn = Annotated[str | None, typer.Option(help="Column that holds the text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
@@ -25,6 +28,25 @@ class RunByDefault(TyperGroup):
             misspelt = difflib.get_close_matches(args[0], self.commands, 1) and not Path(args[0]).exists()
             args = args if misspelt else ["run", *args]
         return super().parse_args(ctx, args)
+
+
+def refuse_unread(context: typer.Context, names: Sequence[str], where: str, repair: str) -> None:
+    """Refuse options that were typed and that nothing would read.
+
+    Args:
+        context: Of the verb.
+        names: Parameters of the verb, such as ``always_on``.
+        where: When they do nothing, such as ``with --experiment``.
+        repair: What to write instead.
+
+    Raises:
+        TransferError: Naming the options.
+    """
+    flags = {p.name: max(p.opts, key=len) for p in context.command.params}
+    typed = [flags[n] for n in names if (source := context.get_parameter_source(n)) and source.name == "COMMANDLINE"]
+    if typed:
+        does = "does" if len(typed) == 1 else "do"
+        raise TransferError(f"{' and '.join(typed)} {does} nothing {where}.", repair)
 
 
 def command_line() -> list[str]:

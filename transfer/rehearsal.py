@@ -63,5 +63,5 @@ def rehearse_cover(pipeline: Pipeline, model: str, chat: ChatModel, out: Path) -
     anchor, seed = split_docs(store, corpora["anchor"]), split_docs(store, corpora["seed"])
     relevant = relevant_to(chat, store, corpora["anchor"], experiment, always_on=settings.always_on)
     delta = thresholds(anchor, DeltaRule.parse(settings.delta))
-    report = coverage(store.space, anchor, seed, relevant, delta, always_on=settings.always_on, n_bootstrap=0)
+    report = coverage(store.space, anchor, seed, relevant, delta, always_on=settings.always_on)
     report.save(out / "seed.json")

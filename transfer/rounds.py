@@ -149,7 +149,7 @@ def run_rounds(
     def covered(added: Sequence[Candidate]) -> tuple[float, FeatureSet]:
         docs = encode(adapter, [c.text for c in added], "cover")[0]
         both = sp.csr_matrix(sp.vstack([seed_docs, docs], format="csr")) if size(docs)[0] else seed_docs
-        report = coverage(adapter.space, anchor_docs, both, relevant, delta, always_on=always_on, n_bootstrap=0)
+        report = coverage(adapter.space, anchor_docs, both, relevant, delta, always_on=always_on)
         return report.fac, report.missing
 
     added: list[Candidate] = []

@@ -173,7 +173,6 @@ def cover(
         dataset="seed",
         delta_rule=str(rule),
         always_on=settings.always_on,
-        n_bootstrap=settings.bootstrap,
         eps=settings.smoothing,
         seed=experiment.seed,
     )
@@ -183,7 +182,6 @@ def cover(
         relevant,
         rule,
         always_on=settings.always_on,
-        n_bootstrap=settings.bootstrap,
         eps=settings.smoothing,
         seed=experiment.seed,
     )

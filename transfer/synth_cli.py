@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from transfer.core.console import set_quiet, show
 from transfer.core.errors import TransferError
-from transfer.options import Json, Quiet
+from transfer.options import Json, Quiet, refuse_unread
 
 HELP = """\
 Write texts for missing features.
@@ -92,6 +92,7 @@ def origin(place: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @synth.command()
 def export(
+    context: typer.Context,
     place: Annotated[Path, typer.Argument(help="A run's folder, its rounds-<model>, or a synthesis.json.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     to: Annotated[str, typer.Option(help="dataset (with card and lineage), trl, alpaca or sharegpt.")] = "dataset",
@@ -112,6 +113,8 @@ def export(
     from transfer.synthesis import select
     from transfer.training_formats import write_llama_factory, write_trl
 
+    if to == "dataset":
+        refuse_unread(context, ("per_feature",), "with --to dataset, which holds every kept text", "Leave it out.")
     run = SynthesisRun.load(find_synthesis(place, model))
     found: dict[str, Any] = {"out": str(out), "format": to}
     if to == "dataset":
@@ -148,13 +151,16 @@ def rounds(
     """Cover, write, (fine-tune,) and cover again; the same command goes on behind the last finished round."""
     set_quiet(quiet or as_json)
     from transfer.core.config import load_experiment, runs_folder
+    from transfer.judging import refuse_unread_keys
     from transfer.options import command_line
     from transfer.pipeline import Pipeline
     from transfer.rounds import RoundSettings
     from transfer.rounds_stage import model_rounds
 
     how = RoundSettings(n, patience, least_gain, budget, per_feature)
-    pipeline = Pipeline(load_experiment(config, settings), runs_folder(), command_line())
+    experiment = load_experiment(config, settings)
+    refuse_unread_keys(experiment, settings)
+    pipeline = Pipeline(experiment, runs_folder(), command_line())
     pipeline.dir.event("rounds", "command", command=shlex.join(pipeline.command))
     found = model_rounds(pipeline, model, how, tune=tune).summary()
     if as_json:

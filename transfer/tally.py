@@ -1,10 +1,8 @@
 """How often and how strongly a set of documents activates each feature, in parts that can be taken anew.
 
 One pass over the documents is all that coverage, its intervals and its curves need. The parts are single documents
-where the set is small, and groups of documents of a large store: unions of groups are its nested subsets. Groups will
-not do for intervals: features that one document of a group activates would come and go together. A large store is
-therefore resampled document by document while it is read, with Poisson weights (each document counts Poisson(1) times,
-independently), which is the bootstrap where the number of documents is large.
+where the set is small, and groups of documents of a large store, dealt at random: unions of groups are its nested
+subsets, and leaving out one group after the other gives its intervals.
 """
 
 from __future__ import annotations
@@ -26,6 +24,8 @@ GROUPS = 64
 
 BLOCK = 6 << 20
 """Codes read at once: a run of one of 64 groups then fits the cache and outweighs the sums that it is added to."""
+RUN = 8
+"""Neighbours that go to one group: dealing single ones takes 40 % longer, as each starts on another page."""
 WHOLE = 5000
 """Up to this many documents a store may as well be read whole, and drawn document by document."""
 
@@ -42,8 +42,6 @@ class Tally:
     """Documents that activate each feature, float32 [parts, F]."""
     sums: np.ndarray | sp.csr_matrix
     """Sum of their activations, float32 [parts, F]."""
-    drawn: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-    """Bootstrap replicates made while reading: documents [draws], counts [F, draws] and sums [F, draws]."""
 
     @property
     def n_docs(self) -> int:
@@ -69,8 +67,7 @@ class Tally:
         at = np.searchsorted(self.features, features)
         if len(features) and not np.array_equal(self.features[np.minimum(at, len(self.features) - 1)], features):
             raise TransferError("The tally does not hold all features asked for.")
-        drawn = None if self.drawn is None else (self.drawn[0], self.drawn[1][at], self.drawn[2][at])
-        return Tally(np.asarray(features, dtype=np.int64), self.sizes, self.counts[:, at], self.sums[:, at], drawn)
+        return Tally(np.asarray(features, dtype=np.int64), self.sizes, self.counts[:, at], self.sums[:, at])
 
     def times(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Documents [draws], counts [F, draws] and sums [F, draws] when each part counts ``weights`` [parts, draws]."""
@@ -113,23 +110,19 @@ def tally_store(
     *,
     rows: np.ndarray | None = None,
     groups: int = GROUPS,
-    draws: int = 0,
     seed: int = 0,
 ) -> list[Tally]:
     """Tallies of a store of any size at several thresholds, in one pass over its shards.
 
-    Memory: ``(groups + draws) × n_features × 8`` bytes for each threshold (86 MB at 65,536 features and 100 draws),
-    with draws also five copies of one block of 6 to 9 M codes (25 to 38 MB each) and its draws of documents.
+    Memory: ``groups × n_features × 8`` bytes for each threshold, and a block of 6 to 9 M codes.
 
     Args:
         store: Activations.
         deltas: Thresholds, [n_features] each.
         features: Ids to count, sorted, [F].
         rows: Only these documents, bool [docs].
-        groups: Groups. Each block is cut into as many runs of neighbouring documents, and these are dealt to the
-            groups at random.
-        draws: Bootstrap replicates; 100 take about ten times as long as the pass itself.
-        seed: Of dealing and drawing, which are the same for every δ.
+        groups: Groups, to which the documents of each block are dealt at random, as neighbours may be alike.
+        seed: Of dealing, which is the same for every δ.
 
     Raises:
         TransferError: For widths that differ, a damaged store, NaN or infinity.
@@ -144,8 +137,6 @@ def tally_store(
     sums = [np.zeros(shape, dtype=np.float32) for _ in deltas]
     sizes = np.zeros(groups, dtype=np.int64)
     rng = np.random.default_rng(seed)
-    n_drawn = np.zeros(draws)
-    again = [[np.zeros((n_features, draws), dtype=np.float32) for _ in range(2)] for _ in deltas]
     lowest = [np.maximum(delta, 0).astype(np.float32) for delta in deltas]
     add = _adder()
     for first, block in store.doc_blocks(BLOCK):
@@ -154,64 +145,53 @@ def tally_store(
         n = len(block.indptr) - 1
         if n == 0:
             continue
-        bounds = np.linspace(0, n, groups + 1).astype(np.int64)
-        # Which groups get one document more than others is random too.
-        order = rng.permutation(groups)
-        sizes[order] += np.diff(bounds)
-        for part, start, stop in zip(order, bounds[:-1], bounds[1:], strict=True):
-            low, high = block.indptr[start], block.indptr[stop]
-            if low == high:
-                continue
-            # A run of a block fits the processor's cache, and is read there once for each δ.
-            values, at = block.data[low:high], block.indices[low:high]
+        for part, docs in zip(rng.permutation(groups), _dealt(n, groups, rng), strict=True):
+            sizes[part] += len(docs)
+            # A group's codes in a block fit the processor's cache, and are read there once for each δ.
             for delta, count, total in zip(lowest, counts, sums, strict=True):
-                if not add(values, at, delta, count[part], total[part]):
+                if not add(block.data, block.indices, block.indptr, docs, delta, count[part], total[part]):
                     raise TransferError(f"{store.path} holds NaN, infinity or unknown features.", "Harvest again.")
-        if draws:
-            weights = rng.poisson(1.0, size=(n, draws)).astype(np.float32)
-            n_drawn += weights.sum(axis=0)
-            resample(block, lowest, weights, again)
     features = np.asarray(features, dtype=np.int64)
     whole = len(features) == n_features
     at = slice(None) if whole else features
-    return [
-        Tally(features, sizes, count[:, at], total[:, at], (n_drawn, drawn[0][at], drawn[1][at]) if draws else None)
-        for count, total, drawn in zip(counts, sums, again, strict=True)
-    ]
+    return [Tally(features, sizes, count[:, at], total[:, at]) for count, total in zip(counts, sums, strict=True)]
+
+
+def _dealt(n: int, groups: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Documents 0 to n in groups of nearly one size, at random in runs of at most ``RUN`` neighbours."""
+    run = min(max(n // (8 * groups), 1), RUN)
+    dealt = np.array_split(rng.permutation(-(-n // run)), groups)
+    members = [(np.sort(runs)[:, None] * run + np.arange(run)).ravel() for runs in dealt]
+    return [docs[docs < n] for docs in members]
 
 
 @lru_cache(maxsize=1)
 def _adder() -> Callable[..., bool]:
-    """Adds codes above δ to the counts and sums of their features; False for codes that are none."""
+    """Adds the codes of some documents above δ to counts and sums of their features; False for codes that are none."""
     return compiled(_add)
 
 
-def _add(values: np.ndarray, at: np.ndarray, delta: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> bool:
+def _add(
+    values: np.ndarray,
+    at: np.ndarray,
+    indptr: np.ndarray,
+    docs: np.ndarray,
+    delta: np.ndarray,
+    counts: np.ndarray,
+    sums: np.ndarray,
+) -> bool:
     fine = True
-    for i in range(len(values)):
-        value, feature = values[i], at[i]
-        if 0 <= feature < len(delta):
-            passes = np.float32(value > delta[feature])  # no branch: which codes pass cannot be foretold
-            counts[feature] += passes
-            sums[feature] += passes * value  # 0 × NaN is NaN, and told
-            fine &= np.isfinite(value)
-        else:
-            fine = False
+    for doc in docs:
+        first, last = indptr[doc], indptr[doc + 1]
+        # Slices, as an index that counts from 0 needs no check for being negative.
+        codes, places = values[first:last], at[first:last]
+        for i in range(len(codes)):
+            value, feature = codes[i], places[i]
+            if 0 <= feature < len(delta):
+                passes = np.float32(value > delta[feature])  # no branch: which codes pass cannot be foretold
+                counts[feature] += passes
+                sums[feature] += passes * value  # 0 × NaN is NaN, and told
+                fine &= np.isfinite(value)
+            else:
+                fine = False
     return fine
-
-
-def resample(
-    block: sp.csr_matrix, deltas: Sequence[np.ndarray], weights: np.ndarray, into: list[list[np.ndarray]]
-) -> None:
-    """Add one block's weighted counts and sums above each δ to ``into``, [n_features, draws] each.
-
-    Draws are taken a few at a time: a row of sums is then a cache line or two.
-    """
-    by_feature = block.T
-    values, at = by_feature.data, by_feature.indices
-    for delta, found in zip(deltas, into, strict=True):
-        passing = (values > delta.take(at, mode="clip")).astype(np.float32)
-        for out, data in zip(found, (passing, passing * values), strict=True):
-            by_feature.data = data
-            for start in range(0, weights.shape[1], 25):
-                out[:, start : start + 25] += by_feature @ np.ascontiguousarray(weights[:, start : start + 25])

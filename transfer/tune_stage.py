@@ -81,7 +81,6 @@ def datasets(
                 dataset=name,
                 delta_rule=report.delta_rule,
                 always_on=experiment.cover.always_on,
-                n_bootstrap=experiment.cover.bootstrap,
                 eps=experiment.cover.smoothing,
                 seed=experiment.seed,
             )
@@ -90,9 +89,7 @@ def datasets(
                 continue
             hit = np.isin(report.missing.features, after.covered.features).sum()
             rate = float(hit / len(report.missing)) if len(report.missing) else None
-            low, high = missing_hit_interval(
-                report.missing, chosen, delta, n_bootstrap=experiment.cover.bootstrap, seed=experiment.seed
-            )
+            low, high = missing_hit_interval(report.missing, chosen, delta, seed=experiment.seed)
             hits = {"missing_hit_rate": rate, "missing_hit_rate_low": low, "missing_hit_rate_high": high}
             rows.append({**after.summary(), "arm": record["arm"], "writer": record["writer"], **hits})
     write_json(out / "coverage.json", rows)

@@ -106,7 +106,7 @@ class Case:
 
     def _missing(self, rule: str) -> FeatureSet:
         delta = thresholds(self.anchor_docs, DeltaRule.parse(rule))
-        report = coverage(self.adapter.space, self.anchor_docs, self.seed_docs, self.relevant, delta, n_bootstrap=0)
+        report = coverage(self.adapter.space, self.anchor_docs, self.seed_docs, self.relevant, delta)
         toxic = [i for i, name in zip(report.missing.features, report.missing.labels, strict=True) if name == "toxic"]
         return report.missing.subset(np.array(toxic, dtype=np.int64), "missing, of the toxic class")
 

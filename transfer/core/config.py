@@ -126,7 +126,6 @@ class CoverSection(Section):
     smoothing: float = Field(1e-3, gt=0, le=1, description="Weight of the uniform part in the smoothed divergences.")
     fdr: float = Field(0.1, gt=0, lt=1, description="False-discovery rate of the relevance judge.")
     min_docs: int = Field(3, ge=1, description="Anchor documents a feature must fire on.")
-    bootstrap: int = Field(200, ge=10)
     least_missing: int = Field(
         30, ge=0, description="Below this many missing features the grid is called uninformative."
     )

@@ -50,8 +50,9 @@ class CoverageReport:
     """|F(Q) ∩ F(P)| / |F(P)|."""
     fac_uncapped: float
     """The paper's |F(Q)| / |F(P)|, which can pass 1."""
-    ci_low: float
-    ci_high: float
+    ci_low: float | None
+    """None with too few documents for an interval."""
+    ci_high: float | None
     delta_rule: str
     n_docs: int
     kl: float
@@ -62,7 +63,7 @@ class CoverageReport:
     """Mean over F(P) of min(1, share of the data's documents that activate i / share of the anchor's)."""
     fac_magnitude: float | None = None
     """The same of the mean activation above the threshold (0 where below), over all documents."""
-    intervals: dict[str, list[float]] = field(default_factory=dict)
+    intervals: dict[str, list[float | None]] = field(default_factory=dict)
     """Lower and upper bound of every number but ``fac``, whose are ``ci_low`` and ``ci_high``."""
     n_dead: int = 0
     """Features left out of F because no document fires them."""
