@@ -85,10 +85,10 @@ def model_header(ref: str) -> ModelHeader:
     except (OSError, ValueError) as error:
         hub = hub_id(rest.partition("@")[0]) if scheme == "hub" else ""
         known, config = known_model(hub), known_config(hub)
-        if config is None and known is None:
-            first = str(error).strip().split("\n")[0]
-            raise TransferError(f"The configuration of {ref} could not be read ({first}).") from error
-        if config is None and known is not None:
+        if config is None:
+            if known is None:
+                first = str(error).strip().split("\n")[0]
+                raise TransferError(f"The configuration of {ref} could not be read ({first}).") from error
             return ModelHeader(ref, known.family, known.n_layers, hub=known.hub, weights=False)
     family = family_of(config)
     model = _meta(config)

@@ -67,7 +67,7 @@ def test_what_the_grid_cannot_train_says_so_in_the_users_words():
             get_task(name, positive="harmful", unseen=("x",))
     with pytest.raises(TransferError, match="no option 'positiv'.*'positive'"):
         get_task("intent", positiv="x")
-    plain = TuneSection(task="toxicity", recipes=("head",), seeds=(0, 1, 2))
+    plain = TuneSection.model_validate({"task": "toxicity"})
     assert grid_task(plain, "1") == Toxicity(positive="1", negative="")
     for unread in (dict(train="x"), dict(options={"draws": 5}), dict(base={"model": "zoo:llama"})):
         with pytest.raises(TransferError, match=f"does not read tune.{next(iter(unread))}"):

@@ -94,6 +94,10 @@ def check(experiment: Experiment, *, tflops: float | None = None) -> Check:
     alone = bool(tune.train or tune.base or (task is not None and not hasattr(task, "positive")))
     if task is not None and not alone:
         found.try_(lambda: grid_task(tune, experiment.data.positive))
+    if alone:
+        found.notes.append(
+            f"tune: {tune.task} is trained on its own, with `transfer tune task`; `transfer run` would refuse it."
+        )
     found.try_(lambda: DeltaRule.parse(experiment.cover.delta))
     _judge(found, experiment)
     found.try_(lambda: check_allowed(experiment))
@@ -297,7 +301,7 @@ def _sizes(found: Check, side: Side, texts: list[str]) -> Sizes:
             if scheme == "hub"
             else AutoTokenizer.from_pretrained(local(scheme, rest, side.model.ref, "model"), local_files_only=True)
         )
-        n = sum(len(ids) for ids in tokenizer(sample, add_special_tokens=False)["input_ids"])
+        n = sum(len(ids) for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
         return Sizes(len(texts), round(n * size / max(1, sum(len(t.encode("utf8")) for t in sample))))
     except (OSError, ValueError, TransferError):
         note = f"models.{side.name}: no tokenizer at hand; {BYTES_PER_TOKEN:g} bytes a token are assumed."
