@@ -58,8 +58,9 @@ def topk_cosine(
     float32), and ``110·(k + 16)·(n_src + n_tgt)`` bytes for the lists and their pairs: 1.2 GiB for 65,536² × 4,096 at
     k = 32. On another device than the processor, both inputs are held there in full precision as well.
 
-    Time: 2·n_src·n_tgt·d FLOP, about 0.5 ns a pair for scanning it, and one gathered row for each pair scored again.
-    The scans are compiled when first used, which takes some seconds, and kept in numba's cache.
+    Time: 2·n_src·n_tgt·d FLOP, about 0.5 ns a pair for scanning it, and one gathered row for each pair scored again;
+    131,072² × 1,024 takes a minute of one core with AMX, shared with other work. The scans are compiled when first
+    used, which takes some seconds, and kept in numba's cache.
 
     Args:
         x: Source rows.
