@@ -18,7 +18,9 @@ import json
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,9 @@ from models.adapter import Adapter
 from models.fluency import log_perplexity
 from models.guided import GuidedGenerator
 from models.steered import SteeredGenerator
+from transfer.core.config import SynthSection
 from transfer.core.files import read_json, write_json
-from transfer.core.outcomes import SynthesisRun
+from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.space import FeatureSet
 from transfer.core.stats import mean_interval, paired_delta
 from transfer.core.texts import Corpus, Text
@@ -37,9 +40,12 @@ from transfer.delta import DeltaRule, thresholds
 from transfer.drafts import encode
 from transfer.duplicates import Contamination
 from transfer.relevance import judge_relevance
+from transfer.sides import stored
+from transfer.spans import top_spans
 from transfer.strength import StrengthSearch
 from transfer.synthesis import Options, steering_vectors, synthesise
 from transfer.verdicts import Written, judge
+from transfer.writing import make_openings
 
 MODELS = ("llama", "mistral", "qwen")
 ALL = "all three"
@@ -53,13 +59,23 @@ FEATURES = 16
 """Missing features asked for at most, the most telling first."""
 FEW = 2
 GUIDE = 4.0
-WAYS = ("one step", "two steps", "strength 2", "strength searched", "guided", "guided, retries")
+WAYS = (
+    "one step",
+    "two steps",
+    "strength 2",
+    "strength searched",
+    "guided",
+    "guided, retries",
+    "4 and 2 texts",
+    "4 and 2 texts, openings",
+)
 COMPARED = (
     ("two steps", "one step"),
     ("strength searched", "strength 2"),
     ("strength searched", "two steps"),
     ("guided", "two steps"),
     ("guided, retries", "guided"),
+    ("4 and 2 texts, openings", "4 and 2 texts"),
 )
 CANDIDATES = 16
 
@@ -104,13 +120,30 @@ class Case:
             order = columns.indices[part][np.argsort(-columns.data[part], kind="stable")]
             self.examples[i] = [self.anchor.texts[j].text for j in order if toxic[j]][: 2 * FEW]
 
+    @cached_property
+    def openings(self) -> dict[int, list[str]]:
+        """What ``transfer synth`` starts every other text with: spans of the toxic anchor texts."""
+        toxic = self.anchor.where("toxic", lambda t: t.label == "toxic")
+        with TemporaryDirectory() as folder:
+            store = stored(self.adapter, toxic, Path(folder), residual=False)
+            spans = top_spans(store, toxic, self.asked.features.tolist(), k=2 * FEW)
+        return make_openings(SynthSection.model_validate({"examples": FEW}), spans)
+
     def _missing(self, rule: str) -> FeatureSet:
         delta = thresholds(self.anchor_docs, DeltaRule.parse(rule))
         report = coverage(self.adapter.space, self.anchor_docs, self.seed_docs, self.relevant, delta)
         toxic = [i for i, name in zip(report.missing.features, report.missing.labels, strict=True) if name == "toxic"]
         return report.missing.subset(np.array(toxic, dtype=np.int64), "missing, of the toxic class")
 
-    def write(self, n: int, m: int, strengths: Sequence[float], guide: float = 0.0, **options: Any) -> SynthesisRun:
+    def write(
+        self,
+        n: int,
+        m: int,
+        strengths: Sequence[float],
+        guide: float = 0.0,
+        openings: dict[int, list[str]] | None = None,
+        **options: Any,
+    ) -> SynthesisRun:
         """One way of writing."""
         common: dict[str, Any] = dict(model=self.adapter.space.model, max_new_tokens=32, batch_size=96, chunk=96)
         generator = (
@@ -132,6 +165,7 @@ class Case:
             n=n,
             m=m,
             few_shot=FEW,
+            openings=openings,
             seed=self.seed,
             options=Options(**options),
         )
@@ -142,10 +176,7 @@ class Case:
         found: dict[str, float | None] = {}
         for rule in RULES:
             delta = thresholds(self.anchor_docs, DeltaRule.parse(rule))
-            written = [
-                Written(c.text, c.feature, c.score, float(delta[c.feature]), (c.positive, *self.examples[c.feature]))
-                for c in run.candidates
-            ]
+            written = [_written(c, float(delta[c.feature]), self.examples[c.feature]) for c in run.candidates]
             kept = [
                 place[c.text] for c, v in zip(run.candidates, judge(written, self.known), strict=True) if v == "kept"
             ]
@@ -165,6 +196,9 @@ def ways(case: Case) -> dict[str, Any]:
         "strength 2": lambda: case.write(half, half, (2.0,)),
         "strength searched": lambda: case.write(0, half, FIXED, search=search),
         "guided": lambda: case.write(half, half, (0.0,), GUIDE, retries=2),
+        # Even numbers of texts a step, so that half have an opening.
+        "4 and 2 texts": lambda: case.write(4, 2, FIXED),
+        "4 and 2 texts, openings": lambda: case.write(4, 2, FIXED, openings=case.openings),
     }
 
 
@@ -195,17 +229,24 @@ def one(name: str, texts: dict[str, list[Text]], seeds: Sequence[int], done: Col
     return rows
 
 
+def _written(c: Candidate, delta: float, examples: list[str]) -> Written:
+    return Written(c.text, c.feature, c.score, delta, (c.positive, *examples), opening=c.opening)
+
+
 def _row(case: Case, run: SynthesisRun, usual: Any, test: Contamination) -> dict[str, Any]:
     """The numbers of one run; those of its first pass alone are judged anew."""
     verdicts = judge(
-        [Written(c.text, c.feature, c.score, c.delta, (c.positive, *case.examples[c.feature])) for c in run.candidates],
+        [_written(c, c.delta, case.examples[c.feature]) for c in run.candidates],
         case.known,
     )
     kept = [c for c, v in zip(run.candidates, verdicts, strict=True) if v == "kept"]
     texts = [c.text for c in kept]
+    free = dataclasses.replace(run, candidates=tuple(c for c in run.candidates if not c.opened))
     return {
         "hit_rate": case.rates(run),
         "own_rate": len({c.feature for c in kept}) / len(case.asked),
+        "hit_rate_free": case.rates(free)[RULES[0]],
+        "n_kept_opened": sum(c.opened for c in kept),
         "n_missing": {r: len(m) for r, m in case.missing.items()},
         "n_asked": len(case.asked),
         "n_candidates": len(run.candidates),
@@ -267,6 +308,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON of all rows; what is in it is kept.")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--ways", default="", help="Only these, separated by semicolons.")
     parser.add_argument("--table", action="store_true", help="Only print the table of what is there.")
     args = parser.parse_args()
     rows = read_json(args.out) if args.out.exists() else []
@@ -278,7 +320,8 @@ def main() -> None:
         for seed in map(int, args.seeds.split(",")):
             for model in args.models.split(","):
                 done = {r["way"] for r in rows if (r["model"], r["seed"]) == (model, seed)}
-                rows += one(model, texts, [seed], done)
+                asked = set(args.ways.split(";")) if args.ways else set(WAYS)
+                rows += one(model, texts, [seed], done | (set(WAYS) - asked))
                 write_json(args.out, rows)
     print(table(rows))  # noqa: T201
 
