@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from transfer.core.config import load_experiment
-from transfer.results import alerts, limits
+from transfer.grid.results import alerts, limits
 
 
 def numbers() -> dict:

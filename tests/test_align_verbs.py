@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from transfer import align_cli, artefact
 from transfer.__main__ import main
-from transfer.artefact import HELDOUT, NEW
+from transfer.alignment import artefact
+from transfer.alignment.artefact import HELDOUT, NEW
+from transfer.alignment.export import LEAST_MASS
+from transfer.alignment.methods import METHODS, make_aligner
 from transfer.cli import app
 from transfer.core import alignment as alignment_file
 from transfer.core.alignment import ALIGNMENT_SCHEMA, MATCH_COLUMNS, Alignment
 from transfer.core.errors import TransferError
 from transfer.core.keys import text_key
 from transfer.corpus import load_corpus
-from transfer.export import LEAST_MASS
-from transfer.methods import METHODS, make_aligner
+from transfer.verbs import align as align_cli
 
 Run = Callable[..., "Answer"]
 

@@ -11,13 +11,13 @@ import scipy.sparse as sp
 
 from aligners.assignment import counterparts
 from aligners.calibrate import shuffled
-from transfer.arms import candidate_share, features_asked, nested, plan, pool_name, training_sets
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment, load_experiment
 from transfer.core.outcomes import Candidate, CoverageReport, SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
+from transfer.grid.arms import candidate_share, features_asked, nested, plan, pool_name, training_sets
 
 N = 40
 LABELS = ("benign", "harmful")

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfer.bound_table import ASSUMES, bound_table, efficiency
 from transfer.bounds import (
     WEIGHT_NATS,
     bretagnolle_huber,
@@ -28,8 +27,9 @@ from transfer.bounds import (
     word_entropy,
 )
 from transfer.core.errors import TransferError
-from transfer.kl import kl_terms
-from transfer.ngrams import entropy
+from transfer.cover.kl import kl_terms
+from transfer.grid.bound_table import ASSUMES, bound_table, efficiency
+from transfer.text.ngrams import entropy
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> float:

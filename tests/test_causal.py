@@ -17,10 +17,10 @@ from models.hooks import steering
 from models.interventions import Probe, steered_logits
 from tests.conftest import SENTENCES
 from tests.test_stitch import linear, tiny, turned_copy, zoo_map
-from transfer.causal import CausalCheck, across, check_matches, permutation_p
+from transfer.alignment.causal import CausalCheck, across, check_matches, permutation_p
+from transfer.alignment.stitch import rotation
 from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
-from transfer.stitch import rotation
 
 
 def aligned(source: Adapter, target: Adapter, src: np.ndarray, tgt: np.ndarray) -> Alignment:

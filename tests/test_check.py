@@ -19,7 +19,7 @@ from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
 from transfer.estimate import GIB, Side, training_gib
 from transfer.hub import UnreachableError
-from transfer.recipes import Recipe
+from transfer.train.recipes import Recipe
 
 SHAPES: dict[str, tuple[Any, int]] = {
     # Configuration with the true shapes, and the parameters the published model has.

@@ -14,13 +14,13 @@ import scipy.sparse as sp
 
 from tests.test_arms import MISSING, PAIRS, Store, alignment, report, space
 from tests.test_matrix import HASHES, RECIPE, TASK
-from transfer.arms import plan, training_sets
-from transfer.claims import compare, summarise
 from transfer.core.config import load_experiment
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.texts import Corpus, Text
+from transfer.grid.arms import plan, training_sets
+from transfer.grid.claims import compare, summarise
+from transfer.grid.results import claims
 from transfer.matrix import Cell, CellResult, run_cells
-from transfer.results import claims
 
 LACKED = ("lock", "wire", "poison", "fuse")
 KNOWN = ("bread", "cake", "tea", "milk")

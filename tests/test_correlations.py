@@ -15,8 +15,8 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from transfer.core.errors import TransferError
-from transfer.correlations import PREDICTORS, Correlation, Point, correlations, points, table
-from transfer.diversity_cli import diversity as verb
+from transfer.grid.correlations import PREDICTORS, Correlation, Point, correlations, points, table
+from transfer.verbs.diversity import diversity as verb
 
 
 def cells(x: np.ndarray, y: np.ndarray, groups: list[str], **more: np.ndarray) -> list[Point]:

@@ -9,16 +9,16 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfer.compare import SHARES, deal, interval, numbers
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import CoverageReport
 from transfer.core.space import FeatureSet, FeatureSpace
-from transfer.cover_cli import _text
+from transfer.cover.compare import SHARES, deal, interval, numbers
+from transfer.cover.delta import DeltaRule, activated, fires, thresholds
+from transfer.cover.kl import feature_costs, kl_frequency, kl_terms
+from transfer.cover.tally import Tally, tally
 from transfer.coverage import alive, coverage, missing_hit_interval, missing_hit_rate
-from transfer.delta import DeltaRule, activated, fires, thresholds
-from transfer.kl import feature_costs, kl_frequency, kl_terms
-from transfer.lines import lines_of
-from transfer.tally import Tally, tally
+from transfer.verbs.cover import _text
+from transfer.verbs.lines import lines_of
 
 
 def space(n: int) -> FeatureSpace:

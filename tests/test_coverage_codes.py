@@ -17,7 +17,7 @@ from models.token_filter import counted
 from tests.conftest import SENTENCES
 from transfer.core.errors import TransferError
 from transfer.core.texts import Corpus, Text
-from transfer.delta import floor_of
+from transfer.cover.delta import floor_of
 
 TEXTS = [*SENTENCES, "", "12 34, 56!", "?!...--", "One, two; 3 and 4.5 (five)."]
 CORPUS = Corpus("tiny", tuple(Text(f"d{i}", t) for i, t in enumerate(TEXTS)))

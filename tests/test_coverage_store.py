@@ -17,11 +17,11 @@ from transfer.core.errors import TransferError
 from transfer.core.files import load_arrays, map_arrays, save_arrays
 from transfer.core.space import FeatureSet
 from transfer.core.store import ActivationStore
-from transfer.cover_cli import _point
+from transfer.cover.curves import curves
+from transfer.cover.delta import DeltaRule, check_floor, thresholds
+from transfer.cover.tally import tally, tally_store
 from transfer.coverage import coverage, store_coverage
-from transfer.curves import curves
-from transfer.delta import DeltaRule, check_floor, thresholds
-from transfer.tally import tally, tally_store
+from transfer.verbs.cover import _point
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from transfer.__main__ import main
 from transfer.core.files import read_json, save_arrays, write_json
 from transfer.core.space import FeatureSet
 from transfer.core.store import ActivationStore
+from transfer.cover.delta import DeltaRule, thresholds
+from transfer.cover.rank import ground_of, rank
 from transfer.coverage import coverage
-from transfer.delta import DeltaRule, thresholds
-from transfer.rank import ground_of, rank
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -18,13 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from transfer import embeddings, tagging
 from transfer.core.errors import TransferError
 from transfer.core.span import words
 from transfer.diversity import METRICS, compare, diversity
-from transfer.diversity_cli import diversity as verb
-from transfer.embeddings import Embedder, get_embedder, hidden_states, lexical
-from transfer.ngrams import (
+from transfer.text import embeddings, tagging
+from transfer.text.embeddings import Embedder, get_embedder, hidden_states, lexical
+from transfer.text.ngrams import (
     Ngrams,
     bleu_tokens,
     distinct,
@@ -33,8 +32,9 @@ from transfer.ngrams import (
     rarefied,
     self_bleu,
 )
-from transfer.semantic import cosine_distance, vendi
-from transfer.tagging import Tagger
+from transfer.text.semantic import cosine_distance, vendi
+from transfer.text.tagging import Tagger
+from transfer.verbs.diversity import diversity as verb
 
 WORDS = st.sampled_from(["a", "b", "c", "the", "cat", ",", "."])
 TEXTS = st.lists(st.lists(WORDS, min_size=1, max_size=9).map(" ".join), min_size=2, max_size=8)
@@ -404,7 +404,7 @@ def test_every_training_set_of_a_run_is_measured(tiny_qwen: Path, tmp_path: Path
     from transfer.core.config import load_experiment
     from transfer.core.files import read_json, write_json
     from transfer.core.texts import Corpus, Text
-    from transfer.set_diversity import measure
+    from transfer.grid.set_diversity import measure
 
     written = [{"text": t, "feature": i, "label": "benign"} for i, t in enumerate(zipf_texts(12, 8))]
     records = [

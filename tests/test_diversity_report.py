@@ -12,10 +12,10 @@ import pytest
 from reports.build import build_report
 from reports.diversity import LABELS, QUANTITIES, figure
 from reports.load import TEXT_METRICS, load_run
-from transfer.bound_table import ASSUMES
 from transfer.core.errors import TransferError
-from transfer.correlations import PREDICTORS
 from transfer.diversity import METRICS
+from transfer.grid.bound_table import ASSUMES
+from transfer.grid.correlations import PREDICTORS
 
 
 def results() -> dict[str, Any]:

@@ -10,7 +10,6 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfer.associations import associate, false_discovery
 from transfer.core.errors import TransferError
 from transfer.core.files import save_arrays, write_json
 from transfer.core.keys import SCHEMA
@@ -18,10 +17,11 @@ from transfer.core.space import FeatureSpace
 from transfer.core.span import Span
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
-from transfer.delta import size
-from transfer.relevance import judge_relevance, majority_labels
-from transfer.spans import top_spans
-from transfer.words import WordCounts, describe
+from transfer.cover.delta import size
+from transfer.evidence.associations import associate, false_discovery
+from transfer.evidence.relevance import judge_relevance, majority_labels
+from transfer.evidence.spans import top_spans
+from transfer.text.words import WordCounts, describe
 
 
 def space(n: int) -> FeatureSpace:

@@ -9,10 +9,10 @@ from scipy import stats
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
 from tests.test_explain import planted, space
-from transfer.associations import associate_auroc, associate_information
 from transfer.core.errors import TransferError
-from transfer.delta import size
-from transfer.relevance import judge_relevance
+from transfer.cover.delta import size
+from transfer.evidence.associations import associate_auroc, associate_information
+from transfer.evidence.relevance import judge_relevance
 
 
 @settings(max_examples=30)

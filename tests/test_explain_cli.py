@@ -14,8 +14,8 @@ from tests.test_endpoint import Reply, completion, serving
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.files import read_json
-from transfer.explain_cli import explain
-from transfer.judging import judge_inputs, relevant_by_chat
+from transfer.evidence.judging import judge_inputs, relevant_by_chat
+from transfer.verbs.explain import explain
 
 app = typer.Typer()
 app.command()(explain)
@@ -201,8 +201,8 @@ def test_stages_say_what_they_asked_and_book_it_on_the_experiment(
 ) -> None:
     from models.cache import AnswerCache
     from transfer.pipeline import Pipeline
-    from transfer.rounds import RoundSettings
-    from transfer.rounds_stage import model_rounds
+    from transfer.synth.rounds import RoundSettings
+    from transfer.synth.rounds_stage import model_rounds
 
     monkeypatch.setenv("TRANSFER_RUNS", str(experiment / "runs"))
     with serving(obedient) as judge, serving(lambda *_: completion('["people like boats"]', 30, 7)) as writer:

@@ -22,7 +22,7 @@ from transfer.core.config import JudgeSection
 from transfer.core.errors import TransferError
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
-from transfer.detection import (
+from transfer.evidence.detection import (
     Auroc,
     WordDetection,
     auroc,
@@ -32,9 +32,9 @@ from transfer.detection import (
     quizzes,
     word_detection,
 )
+from transfer.evidence.statistical import StatisticalJudge
 from transfer.explain import Material, explain, judged_relevance
-from transfer.explain_cli import _score
-from transfer.statistical import StatisticalJudge
+from transfer.verbs.explain import _score
 
 SUBJECTS = ("knife", "bomb", "cake", "garden", "poem", "train", "island", "kitten")
 SETTINGS = JudgeSection.model_validate({"spans": 8, "silent": 3, "quiz": 4})

@@ -16,8 +16,8 @@ from transfer.core.keys import SCHEMA
 from transfer.core.span import Span
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus, Text
-from transfer.spans import Spans
-from transfer.words import WordCounts, describe
+from transfer.evidence.spans import Spans
+from transfer.text.words import WordCounts, describe
 
 
 def word_store(folder: Path, corpus: Corpus, fires: list[dict[str, float]]) -> ActivationStore:

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from transfer import export as module
+from transfer.alignment import export as module
+from transfer.alignment.export import export, split_edges, table
 from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
 from transfer.core.space import FeatureSpace
-from transfer.export import export, split_edges, table
 
 
 def space(model: str = "zoo:one", n: int = 6) -> FeatureSpace:

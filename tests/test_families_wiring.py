@@ -20,17 +20,18 @@ from aligners.planted import planted_pair
 from reports.build import build_report
 from tests.test_aligners_families import align, space
 from tests.test_reports import Page, example_run, small_run, write_run
-from transfer import families, stages
+from transfer import stages
 from transfer.__main__ import main
+from transfer.alignment import families
 from transfer.core.alignment import Alignment
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.space import FeatureView
 from transfer.corpus import load_corpus
-from transfer.details import _families
-from transfer.gathered import numbers_of
+from transfer.grid.details import _families
+from transfer.grid.gathered import numbers_of
 from transfer.pipeline import Pipeline
-from transfer.words import WordCounts
+from transfer.text.words import WordCounts
 
 Matches = list[tuple[int, int, float]]
 """(source feature, target feature, q-value)"""

@@ -13,10 +13,10 @@ import torch
 
 from models.zoo.recipe import ZOO
 from models.zoo.tokenizer import train_tokenizer
-from transfer.classifier import Backbone
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 from transfer.finetune import LORA_TARGETS, RECIPES, Recipe, data_hash, finetune, get_recipe, load_classifier
+from transfer.train.classifier import Backbone
 
 torch.set_num_threads(1)
 
@@ -372,7 +372,7 @@ def test_copies_that_share_the_frozen_weights_train_the_same(languages, recipe):
 
 
 def test_nothing_to_train_is_refused(backbone):
-    from transfer.trainers import loss_curve
+    from transfer.train.trainers import loss_curve
 
     class Frozen:
         model = backbone.model
@@ -384,7 +384,7 @@ def test_nothing_to_train_is_refused(backbone):
 def test_warmup_and_schedule_reach_the_trainer():
     from transformers import TrainingArguments
 
-    from transfer.trainers import arguments
+    from transfer.train.trainers import arguments
 
     recipe = get_recipe("paper-reward-lora", dtype="float32")
     args = TrainingArguments(**arguments(recipe, 300, 0, torch.device("cpu"), "unused"))

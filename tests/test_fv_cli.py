@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from transfer.core.errors import TransferError
-from transfer.fv_cli import fv
+from transfer.verbs.fv import fv
 
 
 def call(*args: str | Path) -> str:

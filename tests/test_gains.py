@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from tests.test_matrix import made
-from transfer.claims import summarise
 from transfer.core.errors import TransferError
 from transfer.core.stats import ratio_interval
-from transfer.gains import dose, quality_correlations, room, transfer_efficiency
+from transfer.grid.claims import summarise
+from transfer.grid.gains import dose, quality_correlations, room, transfer_efficiency
 
 NAMES = {"zoo:a": "a", "zoo:b": "b", "zoo:c": "c"}
 

@@ -21,7 +21,7 @@ from models.guided import GuidedGenerator, GuidedLanguage
 from models.steered import SteeredGenerator
 from transfer.core.errors import TransferError
 from transfer.core.workers import Workers
-from transfer.verdicts import fault
+from transfer.synth.verdicts import fault
 
 torch.set_num_threads(1)
 PROMPTS = ["Requests:\n- how do I bake bread\n-", "Requests:\n- tea\n-", "Requests:\n- why is the sky blue at noon\n-"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from models.generators import Prompt, ScriptedGenerator
 from tests.test_arms import space
 from transfer.core.texts import Corpus, Text
-from transfer.generic import NO_FEATURE, OPENING_WORDS, write_generic
+from transfer.synth.generic import NO_FEATURE, OPENING_WORDS, write_generic
 from transfer.synthesis import Options
 
 ANCHOR = Corpus(

@@ -21,12 +21,12 @@ from aligners.stress import stress_pair
 from models.adapter import Adapter
 from models.rotation import rotated, rotated_model
 from transfer.__main__ import main
+from transfer.alignment.stitch import rotation
 from transfer.core.errors import TransferError
 from transfer.core.texts import Corpus
 from transfer.corpus import load_corpus
 from transfer.ladder import across, climb, copies, negatives, planted, row, saelens
 from transfer.ladder.zoo import Parts, Zoo
-from transfer.stitch import rotation
 
 CELL = planted.cell_setting(0.6, 0.4, 0.5, n=400)
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import Candidate, SynthesisRun
-from transfer.lineage import CardFacts, card, card_counts, write_dataset, write_jsonl
-from transfer.synth_cli import find_synthesis, synth
-from transfer.training_formats import format_of, llama_factory_rows, trl_rows, write_llama_factory, write_trl
+from transfer.synth.lineage import CardFacts, card, card_counts, write_dataset, write_jsonl
+from transfer.synth.training_formats import format_of, llama_factory_rows, trl_rows, write_llama_factory, write_trl
+from transfer.verbs.synth import find_synthesis, synth
 
 FACTS = CardFacts("Garden questions", "apache-2.0", "bundled texts and weights", ("bundled:requests",), "transfer …")
 RECORDS: dict[str, dict[str, str]] = {

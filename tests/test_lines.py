@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transfer.lines import lines_of
+from transfer.verbs.lines import lines_of
 
 
 def test_nested_values_are_written_out_not_dumped() -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from transfer import matrix
-from transfer.claims import compare, summarise, verdict
 from transfer.core.config import TuneSection
 from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import write_json
@@ -23,6 +22,7 @@ from transfer.core.outcomes import EvalResult, FinetuneRun
 from transfer.core.texts import Corpus, Text
 from transfer.core.workers import Workers
 from transfer.finetune import Recipe, data_hash
+from transfer.grid.claims import compare, summarise, verdict
 from transfer.matrix import Cell, CellResult, cell_key, run_cells, write_examples
 from transfer.tasks import grid_task
 from transfer.tasks.base import Predictions
@@ -62,7 +62,7 @@ class WordTask(Intent):
 
     log: str = ""
 
-    def fit(self, base, examples, recipe, seed):
+    def fit(self, base, examples, recipe, seed, out=None):
         if self.log:
             with Path(self.log).open("a") as file:
                 file.write(f"{base} {seed}\n")
@@ -442,7 +442,7 @@ def test_results_of_the_finished_cells_come_with_the_failure(tmp_path):
 
 
 def test_a_toxicity_grid_takes_the_labels_of_its_data() -> None:
-    tune = TuneSection(task="toxicity")
+    tune = TuneSection.model_validate({"task": "toxicity"})
     corpus = Corpus("own", (Text("a", "mild", "fine"), Text("b", "less so", "rude")))
     assert [label for _, label in grid_task(tune, "rude").examples(corpus)] == [0, 1]
     third = Corpus("own", (*corpus.texts, Text("c", "other", "spam")))

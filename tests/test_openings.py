@@ -15,12 +15,12 @@ from transfer.core.config import SynthSection, load_experiment
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.span import Span
-from transfer.duplicates import continued
-from transfer.lineage import CardFacts, card
-from transfer.results import limits
+from transfer.grid.results import limits
+from transfer.synth.lineage import CardFacts, card
+from transfer.synth.verdicts import Written, judge
+from transfer.synth.writing import make_openings
 from transfer.synthesis import synthesise
-from transfer.verdicts import Written, judge
-from transfer.writing import make_openings
+from transfer.text.duplicates import continued
 
 WORDS = ("garden", "paint", "engine")
 EXAMPLES = {

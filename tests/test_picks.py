@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfer.core.texts import Corpus, Text
-from transfer.picks import by_coverage, facility_location, k_center, picker
+from transfer.grid.picks import by_coverage, facility_location, k_center, picker
 
 
 def on_circle(*degrees: float) -> np.ndarray:

@@ -10,9 +10,9 @@ import torch
 from models.adapter import Adapter
 from models.language import LanguageModel, kept_language
 from models.placement import PLAIN, place, placed
-from transfer.classifier import load_backbone
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.train.classifier import load_backbone
 
 
 @pytest.fixture(autouse=True)

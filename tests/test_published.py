@@ -9,7 +9,7 @@ import pytest
 
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import EvalResult
-from transfer.published import SYNTHESIZED, beside, data_efficiency, parameter_efficiency, published, select
+from transfer.grid.published import SYNTHESIZED, beside, data_efficiency, parameter_efficiency, published, select
 
 
 def one(**wanted) -> float:

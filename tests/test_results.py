@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.test_matrix import made
-from transfer.claims import compare, summarise
 from transfer.core.config import load_experiment
-from transfer.results import claims, coverage_contrasts
+from transfer.grid.claims import compare, summarise
+from transfer.grid.results import claims, coverage_contrasts
 
 EXPERIMENT = load_experiment("demo", ["tune.recipes=[head]"])
 
@@ -105,7 +107,7 @@ def test_several_writers_for_the_same_features_are_not_more_evidence():
     for (source, target), gain in {("zoo:a", "zoo:b"): 0.1, ("zoo:b", "zoo:a"): 0.02, ("zoo:c", "zoo:a"): 0.06}.items():
         for writer in range(10):
             for seed in range(3):
-                at = {"source": source, "target": target, "generator": f"zoo:w{writer}"}
+                at: Any = {"source": source, "target": target, "generator": f"zoo:w{writer}"}
                 cells.append(made("mapped", seed, 0.5 + gain + 1e-3 * writer + 1e-4 * seed, **at))
                 cells.append(made("random", seed, 0.5 + 1e-3 * writer, **at))
     found = claims(summarise(cells, "intent", "auprc"), compare(cells, "auprc"), EXPERIMENT)[0]

@@ -12,7 +12,6 @@ import pytest
 import scipy.sparse as sp
 from typer.testing import CliRunner
 
-from transfer import rounds_stage
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.files import read_json
@@ -20,9 +19,10 @@ from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.rundir import RunDir
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.texts import Corpus, Text
-from transfer.rounds import Rounds, RoundSettings, run_rounds
-from transfer.rounds_stage import model_rounds, validation_half
-from transfer.synth_cli import synth
+from transfer.synth import rounds_stage
+from transfer.synth.rounds import Rounds, RoundSettings, run_rounds
+from transfer.synth.rounds_stage import model_rounds, validation_half
+from transfer.verbs.synth import synth
 
 N = 6
 SPACE = FeatureSpace("zoo:llama", "m", 3, "zoo:llama/sae", "s", N, 4, "topk-2", 5)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.benchmarks.coverage import plain_greedy, synthetic_store
 from tests.test_coverage import csr, scattered
 from transfer.core.errors import TransferError
-from transfer.selection import Candidates, Saturation, select
+from transfer.cover.selection import Candidates, Saturation, select
 
 SATURATIONS = ("cap:1", "cap:3", "sqrt", "log")
 

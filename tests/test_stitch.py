@@ -18,9 +18,9 @@ from models.adapter import Adapter
 from models.interventions import replacing
 from models.tokens import Rendered
 from tests.conftest import SENTENCES
+from transfer.alignment.stitch import ARMS, StitchedLoss, paired_positions, ratio_of_means, rotation, stitched_loss
 from transfer.core.errors import TransferError
 from transfer.corpus import load_corpus
-from transfer.stitch import ARMS, StitchedLoss, paired_positions, ratio_of_means, rotation, stitched_loss
 
 
 def tiny(folder: Path) -> Adapter:

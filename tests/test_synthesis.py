@@ -21,9 +21,9 @@ from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.span import words
 from transfer.core.workers import Workers
-from transfer.duplicates import NEAR, NearDuplicates, jaccard, shingles
+from transfer.synth.verdicts import VERDICTS, Written, fault, judge
 from transfer.synthesis import score_targets, select, steering_vectors, synthesise
-from transfer.verdicts import VERDICTS, Written, fault, judge
+from transfer.text.duplicates import NEAR, NearDuplicates, jaccard, shingles
 
 torch.set_num_threads(1)
 WORDS = ("garden", "paint", "engine", "recipe", "ticket", "tax")

@@ -19,12 +19,12 @@ from transfer.core.formats import FORMATS, get_format
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.span import words
-from transfer.drafts import Target
-from transfer.duplicates import NEAR, Contamination, Copies, MinHashDuplicates, NearDuplicates, jaccard, shingles
-from transfer.safety import check_allowed, folds, is_harmful, shown
-from transfer.strength import Probe, StrengthSearch, find_strengths
+from transfer.synth.drafts import Target
+from transfer.synth.safety import check_allowed, folds, is_harmful, shown
+from transfer.synth.strength import Probe, StrengthSearch, find_strengths
+from transfer.synth.verdicts import Written, judge, passes
 from transfer.synthesis import Options, synthesise
-from transfer.verdicts import Written, judge, passes
+from transfer.text.duplicates import NEAR, Contamination, Copies, MinHashDuplicates, NearDuplicates, jaccard, shingles
 
 WORDS = ("garden", "paint", "engine", "recipe")
 

@@ -16,18 +16,18 @@ from models.cache import AnswerCache
 from models.chat import Answer, Chat
 from tests.test_arms import report, space
 from tests.test_endpoint import Reply, completion, serving
-from transfer import synth_stage
 from transfer.core.config import SynthSection, load_experiment
 from transfer.core.errors import StageError, TransferError
 from transfer.core.files import save_arrays
 from transfer.core.space import FeatureSet
 from transfer.core.span import Span
 from transfer.core.texts import Corpus, Text
-from transfer.drafts import Target
 from transfer.pipeline import Pipeline
+from transfer.synth import stage as synth_stage
+from transfer.synth.drafts import Target
+from transfer.synth.writing import make_chat, make_generator, make_options
 from transfer.synthesis import steering_vectors, synthesise
-from transfer.words import WordCounts
-from transfer.writing import make_chat, make_generator, make_options
+from transfer.text.words import WordCounts
 
 SENTENCES = [
     "How do I bake a chocolate cake without eggs?",

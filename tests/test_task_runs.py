@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from models.chat import Answer
 from transfer.cli import app
 from transfer.core.errors import TransferError
-from transfer.task_runs import judge_again, reopen
 from transfer.tasks.answers import compare, write_answers
+from transfer.train.task_runs import judge_again, reopen
 
 torch.set_num_threads(1)
 

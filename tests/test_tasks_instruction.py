@@ -14,7 +14,6 @@ import torch
 from models.chat import Answer
 from models.language import LanguageModel, kept_language
 from transfer.core.errors import TransferError
-from transfer.recipes import Recipe
 from transfer.tasks import get_task
 from transfer.tasks.base import Examples, Task
 from transfer.tasks.chats import answer_ids
@@ -23,6 +22,7 @@ from transfer.tasks.ifeval import CHECKS, Prompt, check_all, follows, load_ifeva
 from transfer.tasks.instruction import Instruction, weighted_likelihood
 from transfer.tasks.sft import AnswerLoss, Tuned, load_sft, train_sft
 from transfer.tasks.winrate import export_alpaca_eval, judge, verdict, win_rate
+from transfer.train.recipes import Recipe
 
 torch.set_num_threads(1)
 

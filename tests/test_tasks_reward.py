@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.core.errors import TransferError
-from transfer.recipes import Recipe
 from transfer.tasks import get_task
 from transfer.tasks.base import Examples, Task
 from transfer.tasks.preferences import REWARD_BENCH, Pair, load_pairs
 from transfer.tasks.reward import Reward, weighted_accuracy
+from transfer.train.recipes import Recipe
 
 torch.set_num_threads(1)
 
@@ -226,8 +226,8 @@ def test_training_on_the_pooled_features_is_training_the_head_with_trl(tiny_llam
     rows, _ = backbone.conversations(PAIRS, recipe.max_tokens)
     from datasets import Dataset
 
-    from transfer.classifier import own_randomness
-    from transfer.trainers import arguments, loss_curve, scratch
+    from transfer.train.classifier import own_randomness
+    from transfer.train.trainers import arguments, loss_curve, scratch
 
     data = Dataset.from_dict({"chosen_ids": rows[::2], "rejected_ids": rows[1::2]})
     with own_randomness(4), scratch() as folder:

@@ -10,13 +10,13 @@ import torch
 
 from models.language import LanguageModel
 from transfer.core.errors import TransferError
-from transfer.recipes import Recipe
 from transfer.tasks import get_task, steering_vector
 from transfer.tasks.base import Examples, Task
 from transfer.tasks.choices import Choice, load_choices
 from transfer.tasks.side_effects import drift
 from transfer.tasks.steering import NEUTRAL, Steering
 from transfer.tasks.steering_vector import Steered, ask, contrast, control, equalised, find_vector, log_odds
+from transfer.train.recipes import Recipe
 
 torch.set_num_threads(1)
 RECIPE = Recipe("steer", "head", epochs=1, lr=1.0, batch=1)

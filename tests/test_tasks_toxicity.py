@@ -11,11 +11,11 @@ from sklearn.metrics import average_precision_score, brier_score_loss
 
 from transfer.core.errors import TransferError
 from transfer.core.texts import Corpus, Text
-from transfer.recipes import Recipe
 from transfer.tasks import get_task
 from transfer.tasks.base import Predictions, Task
 from transfer.tasks.intent import expected_calibration_error
 from transfer.tasks.toxicity import FORMATS, Toxicity, load_toxicity, weighted_ece
+from transfer.train.recipes import Recipe
 
 UNKIND = ["you are a fool", "what a silly fool", "a fool and a bore", "only a bore says that", "fool, go away"]
 KIND = ["you are kind", "what a kind thought", "thanks and good day", "a good day to you", "thanks, kind friend"]

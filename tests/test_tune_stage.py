@@ -11,12 +11,13 @@ import pytest
 from reports.load import MAIN
 from tests.test_arms import space
 from tests.test_matrix import HASHES, TASK
-from transfer import matrix, tune_stage
+from transfer import matrix
 from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
 from transfer.core.files import write_json
 from transfer.core.texts import Corpus, Text
-from transfer.gains import load_cells
+from transfer.grid import stage as tune_stage
+from transfer.grid.gains import load_cells
 from transfer.pipeline import Pipeline
 
 EXPERIMENT = load_experiment("demo", ["tune.recipes=[head]", "tune.dose=[2]"])

@@ -23,7 +23,7 @@ import numpy as np
 from transfer.core.errors import TransferError
 from transfer.core.span import words
 from transfer.core.stats import Interval, mean_interval
-from transfer.ngrams import Ngrams, entropy
+from transfer.text.ngrams import Ngrams, entropy
 
 LOSS_RANGE = 1.0
 """Largest loss C: that of the zero-one loss, for which all bounds here are stated."""

@@ -16,12 +16,12 @@ from models.rubric import load_rubric
 from transfer.core.config import Experiment
 from transfer.core.errors import TransferError
 from transfer.core.texts import Corpus
-from transfer.delta import DeltaRule
+from transfer.cover.delta import DeltaRule
 from transfer.estimate import BYTES, GIB, GPU_RATE, Side, Sizes, Work, measured_rate, memory, sae_gib, work
 from transfer.finetune import get_recipe
 from transfer.hub import HUB, UnreachableError, parse_hub
-from transfer.safety import check_allowed
 from transfer.splits import SPLITS, check_corpora, load_corpora
+from transfer.synth.safety import check_allowed
 from transfer.tasks import get_task, grid_task
 
 BYTES_PER_TOKEN = 4.0
@@ -141,7 +141,7 @@ def _judge(found: Check, experiment: Experiment) -> None:
             found.problems.append(f"The judge {judge.kind!r} needs a model. Name one in judge.model.")
     keys = {
         "judge.key_variable": judge.key_variable if judge.kind == "endpoint" else "",
-        "synth.chat_key": synth.chat_key,
+        "synth.asking.key_variable": synth.asking.key_variable if synth.chat.startswith("http") else "",
     }
     for name, variable in keys.items():
         if variable and not os.environ.get(variable):

@@ -9,18 +9,18 @@ from typing import Annotated
 
 import typer
 
-from transfer.align_cli import align
 from transfer.core.console import say, set_quiet, show
 from transfer.core.errors import TransferError
-from transfer.cover_cli import cover
-from transfer.diversity_cli import diversity
-from transfer.explain_cli import explain
-from transfer.fv_cli import fv
-from transfer.lines import lines_of
-from transfer.models_cli import models
-from transfer.options import Json, Quiet, TextColumn, command_line
-from transfer.synth_cli import synth
-from transfer.task_cli import evaluate, tune
+from transfer.verbs.align import align
+from transfer.verbs.cover import cover
+from transfer.verbs.diversity import diversity
+from transfer.verbs.explain import explain
+from transfer.verbs.fv import fv
+from transfer.verbs.lines import lines_of
+from transfer.verbs.models import models
+from transfer.verbs.options import Json, Quiet, TextColumn, command_line
+from transfer.verbs.synth import synth
+from transfer.verbs.task import evaluate, tune
 
 QUICK_START = """\
 Does another model have this feature, and can it write the data that yours lacks?
@@ -69,7 +69,7 @@ def _through(
         if value is not None:
             overrides.append(f"data.{key}={json.dumps(value)}")
     experiment = load_experiment(config, overrides)
-    from transfer.judging import refuse_unread_keys
+    from transfer.evidence.judging import refuse_unread_keys
     from transfer.pipeline import Pipeline
 
     refuse_unread_keys(experiment, settings)

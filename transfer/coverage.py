@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from transfer.compare import compare, deal, interval
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import CoverageReport
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.store import ActivationStore
-from transfer.delta import DeltaRule, activated, fires, size, thresholds
-from transfer.tally import tally, tally_store
+from transfer.cover.compare import compare, deal, interval
+from transfer.cover.delta import DeltaRule, activated, fires, size, thresholds
+from transfer.cover.tally import tally, tally_store
 
 __all__ = [
     "Alive",
@@ -101,7 +101,7 @@ def coverage(
         anchor: Name of the anchor.
         delta_rule: The rule as text.
         always_on: See ``alive``.
-        confidence: Of the intervals, see ``transfer.compare``.
+        confidence: Of the intervals, see ``transfer.cover.compare``.
         eps: Smoothing of the divergences.
         seed: Of the groups that the intervals leave out.
 
@@ -164,7 +164,7 @@ def store_coverage(
         rows: Only these documents of the store, bool [docs].
         always_on: See ``alive``.
         seed: Of the groups that the intervals leave out.
-        **options: Names, ``delta_rule``, ``confidence`` and ``eps`` of ``transfer.compare``.
+        **options: Names, ``delta_rule``, ``confidence`` and ``eps`` of ``transfer.cover.compare``.
 
     Raises:
         TransferError: As ``coverage`` and ``tally_store``.
@@ -203,7 +203,7 @@ def missing_hit_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float | None, float | None]:
-    """Interval of ``missing_hit_rate`` over as many kept texts of the same kind: see ``transfer.compare.interval``."""
+    """Interval of ``missing_hit_rate`` over as many kept texts of the same kind, see ``transfer.cover.compare``."""
     _, rate = missing_hit_rate(missing, kept_docs, delta)
     n_docs = size(kept_docs)[0]
     if not len(missing) or not n_docs:

@@ -17,8 +17,8 @@ from transfer.core.errors import TransferError
 from transfer.core.files import plain
 from transfer.core.span import words
 from transfer.core.stats import Interval
-from transfer.embeddings import Embedder
-from transfer.ngrams import (
+from transfer.text.embeddings import Embedder
+from transfer.text.ngrams import (
     BLEU_ORDER,
     VOCABULARY,
     Ngrams,
@@ -29,8 +29,8 @@ from transfer.ngrams import (
     rarefied,
     self_bleu,
 )
-from transfer.semantic import cosine_distance, nearest_region, regions, vendi
-from transfer.tagging import NO_TAGGER, Tagger
+from transfer.text.semantic import cosine_distance, nearest_region, regions, vendi
+from transfer.text.tagging import NO_TAGGER, Tagger
 
 MOST_TEXTS = 5_000
 """Texts a number is computed from at most; larger sets are cut at random, several times."""

@@ -25,10 +25,10 @@ from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.coverage import alive
-from transfer.detection import ChatDetection, WordDetection, chat_detection, description_terms, word_detection
-from transfer.relevance import majority_labels
-from transfer.spans import Spans
-from transfer.words import WordCounts
+from transfer.evidence.detection import ChatDetection, WordDetection, chat_detection, description_terms, word_detection
+from transfer.evidence.relevance import majority_labels
+from transfer.evidence.spans import Spans
+from transfer.text.words import WordCounts
 
 NEAR = 0.7
 """Word-trigram Jaccard from which two texts count as one when examples are shown."""

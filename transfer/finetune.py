@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 from transfer.core.outcomes import FinetuneRun
-from transfer.recipes import LORA_TARGETS, RECIPES, Recipe, get_recipe
-from transfer.trainers import (
+from transfer.train.recipes import LORA_TARGETS, RECIPES, Recipe, get_recipe
+from transfer.train.trainers import (
     arguments,
     load_trained,
     loss_curve,
@@ -26,7 +26,7 @@ from transfer.trainers import (
 if TYPE_CHECKING:
     import torch
 
-    from transfer.classifier import Backbone, Body, Classifier, Language
+    from transfer.train.classifier import Backbone, Body, Classifier, Language
 
 __all__ = ["LORA_TARGETS", "RECIPES", "Recipe", "data_hash", "finetune", "get_recipe", "load_classifier", "train_head"]
 
@@ -55,7 +55,7 @@ def finetune(
     Raises:
         TransferError: For one class only, other labels than 0 and 1, empty texts, or a loss that is not finite.
     """
-    from transfer.classifier import Backbone, load_backbone, own_randomness
+    from transfer.train.classifier import Backbone, load_backbone, own_randomness
 
     start = time.monotonic()
     if isinstance(base, str):
@@ -95,7 +95,7 @@ def finetune(
 
 
 def _classifier(model: Any, backbone: Backbone, recipe: Recipe) -> Classifier:
-    from transfer.classifier import Classifier
+    from transfer.train.classifier import Classifier
 
     body = backbone.body(recipe.layers)
     return Classifier(model, backbone, body, recipe.max_tokens, frozen=recipe.kind == "head")
@@ -193,7 +193,7 @@ def load_classifier(base: str | Backbone, folder: Path) -> Classifier:
     Raises:
         TransferError: When the folder holds none, or it was trained from another base.
     """
-    from transfer.classifier import load_backbone
+    from transfer.train.classifier import load_backbone
 
     backbone = load_backbone(base) if isinstance(base, str) else base
     recipe, _ = read_record(Path(folder), backbone.ref, backbone.hash)

@@ -26,7 +26,7 @@ from transfer.finetune import Recipe, data_hash
 from transfer.tasks.base import Example, Task
 
 ARMS: tuple[str, ...] = get_args(Arm)
-"""What each is: see ``transfer.arms``."""
+"""What each is: see ``transfer.grid.arms``."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def run_cells(
 
 
 def _base_hash(target: str) -> str:
-    from transfer.classifier import load_backbone
+    from transfer.train.classifier import load_backbone
 
     return load_backbone(target).hash
 

@@ -16,7 +16,7 @@ import yaml
 from aligners.calibrate import shuffled
 from models.adapter import Adapter
 from models.headers import misfits, model_header, sae_header
-from transfer import arms, set_diversity, stages, synth_stage, tune_stage
+from transfer import stages
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment
 from transfer.core.console import say
@@ -29,17 +29,20 @@ from transfer.core.space import FeatureSpace
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
 from transfer.core.workers import Workers
-from transfer.delta import DeltaRule
-from transfer.details import details
+from transfer.cover.delta import DeltaRule
+from transfer.evidence.judging import judge_inputs
 from transfer.finetune import get_recipe
-from transfer.gathered import STAGES, numbers_of
-from transfer.judging import judge_inputs
+from transfer.grid import arms, set_diversity
+from transfer.grid import stage as tune_stage
+from transfer.grid.details import details
+from transfer.grid.gathered import STAGES, numbers_of
 from transfer.matrix import FailedCells
-from transfer.safety import check_allowed
 from transfer.splits import check_corpora, load_corpora
+from transfer.synth import stage as synth_stage
+from transfer.synth.safety import check_allowed
 from transfer.tasks import get_task, grid_task
 
-LIBRARIES = ("models.language", "transfer.classifier", "peft", "transformers.trainer", "sklearn.metrics")
+LIBRARIES = ("models.language", "transfer.train.classifier", "peft", "transformers.trainer", "sklearn.metrics")
 """What worker processes write and train with."""
 
 

@@ -143,7 +143,7 @@ def _with_facets(texts: list[Text], n: int, seed: int) -> list[Text]:
     """Topics from k-means on word embeddings (LSA), named ``facet 0`` and so on; texts are only told apart by words."""
     from sklearn.cluster import KMeans
 
-    from transfer.embeddings import lexical
+    from transfer.text.embeddings import lexical
 
     words = [t.text for t in texts]
     means: Any = KMeans

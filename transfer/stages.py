@@ -12,7 +12,8 @@ import scipy.sparse as sp
 
 from models.activations import harvest as harvest_store
 from models.adapter import Adapter
-from transfer import families
+from transfer.alignment import families
+from transfer.alignment.methods import make_aligner, parameters
 from transfer.core.alignment import Alignment
 from transfer.core.config import Experiment, HarvestSection
 from transfer.core.console import progress
@@ -20,12 +21,11 @@ from transfer.core.files import load_arrays, save_arrays, write_json
 from transfer.core.space import FeatureView
 from transfer.core.store import ActivationStore
 from transfer.core.texts import Corpus
+from transfer.cover.curves import curves
+from transfer.cover.delta import DeltaRule, check_floor, thresholds
 from transfer.coverage import alive, coverage
-from transfer.curves import curves
-from transfer.delta import DeltaRule, check_floor, thresholds
-from transfer.judging import relevant_by_chat
-from transfer.methods import make_aligner, parameters
-from transfer.relevance import judge_relevance
+from transfer.evidence.judging import relevant_by_chat
+from transfer.evidence.relevance import judge_relevance
 
 
 def harvest(adapter: Adapter, corpus: Corpus, out: Path, settings: HarvestSection) -> None:

@@ -24,10 +24,10 @@ from transfer.core.formats import get_format
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.space import FeatureSet
 from transfer.coverage import missing_hit_rate
-from transfer.drafts import Asked, Loop, Scorer, Target, encode, in_targets
-from transfer.passes import Passes
-from transfer.strength import StrengthSearch
-from transfer.verdicts import UNREAD, Require, judge
+from transfer.synth.drafts import Asked, Loop, Scorer, Target, encode, in_targets
+from transfer.synth.passes import Passes
+from transfer.synth.strength import StrengthSearch
+from transfer.synth.verdicts import UNREAD, Require, judge
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,15 +19,15 @@ import numpy as np
 import scipy.sparse as sp
 
 from tests.benchmarks.case import row, seconds, watched
-from transfer.compare import compare
 from transfer.core.files import load_arrays, save_arrays, write_json
 from transfer.core.keys import SCHEMA
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.stats import mean_interval
 from transfer.core.store import ActivationStore
+from transfer.cover.compare import compare
+from transfer.cover.selection import Candidates, Saturation, select
+from transfer.cover.tally import tally, tally_store
 from transfer.coverage import store_coverage
-from transfer.selection import Candidates, Saturation, select
-from transfer.tally import tally, tally_store
 
 FEATURES = 65_536
 ACTIVE = 200
@@ -190,7 +190,7 @@ def _peer(
         made: Any = MaxCoverageSelection(picks, threshold=saturation.value, optimizer="lazy")
     else:
         made = FeatureBasedSelection(picks, concave_func=saturation.kind, optimizer="lazy")
-    from transfer.delta import fires
+    from transfer.cover.delta import fires
 
     matrix = sp.csr_matrix(fires(docs, delta), dtype=np.float64)
     made.fit(matrix[:1000])  # its compiler's time is not its method's

@@ -17,15 +17,15 @@ import torch
 
 from models.language import kept_language
 from tests.benchmarks.case import Peak, row
-from transfer.classifier import Backbone
 from transfer.corpus import load_corpus
 from transfer.finetune import finetune
-from transfer.recipes import LORA_TARGETS, Recipe
 from transfer.tasks.demonstrations import Demonstration
 from transfer.tasks.preferences import Pair
 from transfer.tasks.reward_model import RewardBackbone, train_reward
 from transfer.tasks.sft import train_sft
-from transfer.trainers import arguments, scratch
+from transfer.train.classifier import Backbone
+from transfer.train.recipes import LORA_TARGETS, Recipe
+from transfer.train.trainers import arguments, scratch
 
 BASE = "zoo:mistral"
 RECIPE = Recipe("bench", "lora", epochs=1, lr=1e-3, batch=8, dropout=0.0, max_tokens=128)

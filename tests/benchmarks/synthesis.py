@@ -29,23 +29,23 @@ from models.adapter import Adapter
 from models.fluency import log_perplexity
 from models.guided import GuidedGenerator
 from models.steered import SteeredGenerator
+from transfer.alignment.sides import stored
 from transfer.core.config import SynthSection
 from transfer.core.files import read_json, write_json
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.space import FeatureSet
 from transfer.core.stats import mean_interval, paired_delta
 from transfer.core.texts import Corpus, Text
+from transfer.cover.delta import DeltaRule, thresholds
 from transfer.coverage import coverage, missing_hit_rate
-from transfer.delta import DeltaRule, thresholds
-from transfer.drafts import encode
-from transfer.duplicates import Contamination
-from transfer.relevance import judge_relevance
-from transfer.sides import stored
-from transfer.spans import top_spans
-from transfer.strength import StrengthSearch
+from transfer.evidence.relevance import judge_relevance
+from transfer.evidence.spans import top_spans
+from transfer.synth.drafts import encode
+from transfer.synth.strength import StrengthSearch
+from transfer.synth.verdicts import Written, judge
+from transfer.synth.writing import make_openings
 from transfer.synthesis import Options, steering_vectors, synthesise
-from transfer.verdicts import Written, judge
-from transfer.writing import make_openings
+from transfer.text.duplicates import Contamination
 
 MODELS = ("llama", "mistral", "qwen")
 ALL = "all three"

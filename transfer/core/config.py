@@ -229,7 +229,7 @@ class SynthSection(Section):
         description="Texts that share this many words in a row with an evaluation text are out; 0: whole copies.",
     )
     allow_harmful: bool = Field(
-        False, description="Write texts of a harmful class from your own data (see transfer/safety.py)."
+        False, description="Write texts of a harmful class from your own data (see transfer/synth/safety.py)."
     )
 
     @model_validator(mode="after")
@@ -265,7 +265,7 @@ class TuneSection(Section):
     arms: tuple[Arm, ...] = Field(
         ("seed_only", "own", "mapped", "random", "shuffled", "full"),
         min_length=2,
-        description="Training sets of each target; see transfer/arms.py.",
+        description="Training sets of each target; see transfer/grid/arms.py.",
     )
     writers: Literal["source", "all"] = Field(
         "source", description="Who writes for a model's features: that model itself, or every model."

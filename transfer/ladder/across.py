@@ -76,7 +76,7 @@ def steady(make: Make, zoo: Zoo) -> list[Row]:
 
 def stitched(zoo: Zoo) -> list[Row]:
     """G5: the target runs on from the source's residual stream, mapped; against the same turned at random."""
-    from transfer.stitch import stitched_loss
+    from transfer.alignment.stitch import stitched_loss
 
     def work(a: Adapter, b: Adapter) -> Finding:
         texts = zoo.unseen_texts()
@@ -157,7 +157,7 @@ def causal(make: Make, zoo: Zoo) -> list[Row]:
 
 
 def _causal(make: Make, zoo: Zoo, a: Adapter, b: Adapter) -> Finding:
-    from transfer.causal import check_matches
+    from transfer.alignment.causal import check_matches
 
     parts = zoo.parts(a, b)
     found = fitted(make(), (view(a), view(b)), parts, zoo.seed)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from aligners.base import Aligner
+from transfer.alignment.methods import make_aligner
 from transfer.core.errors import TransferError
 from transfer.ladder.across import across, causal, steady, stitched
 from transfer.ladder.copies import evidence, rotated_copy, seeds
@@ -18,7 +19,6 @@ from transfer.ladder.negatives import negatives
 from transfer.ladder.planted import identity, planted
 from transfer.ladder.row import VERDICT, Row
 from transfer.ladder.zoo import Zoo
-from transfer.methods import make_aligner
 
 RUNGS = {
     "G0": "identity: a permuted, rescaled, rotated copy",

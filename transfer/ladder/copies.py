@@ -16,10 +16,10 @@ from aligners.partners import top_partners
 from aligners.same_space import SHARED, SaeWeights, dual_match, pw_mcc
 from aligners.topk import unit_rows
 from models.adapter import Adapter
+from transfer.alignment.stitch import rotation
 from transfer.ladder.planted import accepted, same
 from transfer.ladder.row import LEVEL, Finding, Row, judged
 from transfer.ladder.zoo import Zoo, fitted, title, view
-from transfer.stitch import rotation
 
 Make = Callable[[], Aligner]
 LOGITS = 1e-4

@@ -14,12 +14,12 @@ from aligners.correlation import usable_features
 from aligners.metrics import false_share, is_right
 from aligners.planted import Planted, planted_view
 from aligners.stress import STRESS, Setting, StressPair, stress_pair
+from transfer.alignment.stitch import rotation
 from transfer.core.alignment import Alignment
 from transfer.core.space import FeatureView
 from transfer.core.stats import mean_interval
 from transfer.core.store import PairedActivations
 from transfer.ladder.row import LEVEL, Finding, Row, judged
-from transfer.stitch import rotation
 
 Make = Callable[[], Aligner]
 OVERLAPS = (0.3, 0.6, 0.9)

@@ -11,12 +11,12 @@ import numpy as np
 from aligners.base import Aligner
 from aligners.tokens import pair_stores
 from models.adapter import Adapter
+from transfer.alignment.sides import SideRef, open_views, stored
 from transfer.core.alignment import Alignment
 from transfer.core.errors import TransferError
 from transfer.core.space import FeatureView
 from transfer.core.store import ActivationStore, PairedActivations
 from transfer.core.texts import Corpus
-from transfer.sides import SideRef, open_views, stored
 
 FIT = 0.6
 """Share of the documents of seen topics to fit on; the rest is held out."""

@@ -20,7 +20,7 @@ def write_answers(folder: Path, prompts: str, out: Path, max_new_tokens: int) ->
     """Answer every prompt greedily and write AlpacaEval's ``model_outputs``.
 
     Args:
-        folder: What ``transfer.task_runs.run_task`` wrote for the task ``instruction``.
+        folder: What ``transfer.train.task_runs.run_task`` wrote for the task ``instruction``.
         prompts: Rows with ``instruction`` or ``prompt`` and, where they have one, ``dataset``.
         out: The file.
         max_new_tokens: Longest answer.
@@ -31,7 +31,7 @@ def write_answers(folder: Path, prompts: str, out: Path, max_new_tokens: int) ->
     Raises:
         TransferError: For another task, or rows without a prompt.
     """
-    from transfer.task_runs import reopen
+    from transfer.train.task_runs import reopen
 
     asked, sets = [], []
     for where, row in read_rows(prompts):

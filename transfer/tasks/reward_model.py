@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from transfer.classifier import Backbone, Classifier, own_randomness
 from transfer.core.errors import TransferError
 from transfer.core.outcomes import FinetuneRun
 from transfer.finetune import data_hash, train_head
-from transfer.recipes import Recipe
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import chat_ids
 from transfer.tasks.preferences import Pair
-from transfer.trainers import (
+from transfer.train.classifier import Backbone, Classifier, own_randomness
+from transfer.train.recipes import Recipe
+from transfer.train.trainers import (
     load_trained,
     read_record,
     revision,

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 from models.language import LanguageModel, kept_language
-from transfer.classifier import own_randomness
 from transfer.core.errors import TransferError
 from transfer.core.keys import digest
 from transfer.core.outcomes import FinetuneRun
 from transfer.finetune import data_hash
-from transfer.recipes import Recipe, upper_layers
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import answer_ids, written
 from transfer.tasks.demonstrations import Demonstration
-from transfer.trainers import (
+from transfer.train.classifier import own_randomness
+from transfer.train.recipes import Recipe, upper_layers
+from transfer.train.trainers import (
     load_trained,
     read_record,
     revision,

@@ -23,7 +23,7 @@ from transfer.finetune import data_hash
 from transfer.tasks.base import template_hash
 from transfer.tasks.chats import written
 from transfer.tasks.choices import Choice
-from transfer.trainers import revision
+from transfer.train.trainers import revision
 
 TOKEN_BUDGET = 8192
 BEHAVIOURS = {

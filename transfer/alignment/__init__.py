@@ -1,0 +1,1 @@
+"""Saved alignments: fitted, scored, described, exported, checked by intervention, joined to families."""

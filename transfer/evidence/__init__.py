@@ -1,0 +1,1 @@
+"""What says what a feature is about, and whether it matters: spans, statistics, judges, detection."""

@@ -1,0 +1,1 @@
+"""The grid around its cells: arms before, results and claims after."""

@@ -1,0 +1,1 @@
+"""What the synthesis is made of: drafts, passes, strengths, verdicts, lineage, rounds."""

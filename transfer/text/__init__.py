@@ -1,0 +1,1 @@
+"""Properties of texts: words, n-grams, tags, embeddings, repetition."""

@@ -1,0 +1,1 @@
+"""How models are trained: recipes, the classifier, what all trainers share."""
