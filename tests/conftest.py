@@ -18,6 +18,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from transfer.core.console import set_quiet
+
 # The same examples every time, so that a red run is the change's fault; HYPOTHESIS_PROFILE=explore draws new ones.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
@@ -95,6 +97,13 @@ def build_tiny(name: str, folder: Path) -> Path:
             sae.cfg.metadata[key] = value
         sae.save_model(folder / "sae")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _told() -> Iterator[None]:
+    """Status lines are silent only in the test that asked for it."""
+    yield
+    set_quiet(False)
 
 
 @pytest.fixture(scope="session")

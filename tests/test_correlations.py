@@ -147,13 +147,14 @@ def a_run(seed: int = 0) -> dict[str, Any]:
         fac = float(rng.uniform(0.5, 0.9))
         at = {"arm": arm, "writer": writer}
         coverage.append({"model": f"hub:o/{target}", **at, "fac": fac, "kl": 1 - fac, "missing_hit_rate": fac})
-        diversity.append({"target": f"hub:o/{target}", **at, "generator": f"hub:o/{writer}", "self_bleu": 1 - fac})
+        by = {"source": f"hub:o/{writer}", "generator": f"hub:o/{writer}"}
+        diversity.append({"target": f"hub:o/{target}", **at, **by, "self_bleu": 1 - fac})
         for recipe, metric in itertools.product(("head", "lora"), ("auprc", "auroc")):
-            cell = {"target": f"hub:o/{target}", "arm": arm, "generator": f"hub:o/{writer}", "recipe": recipe}
+            cell = {"target": f"hub:o/{target}", "arm": arm, **by, "recipe": recipe}
             transfer.append({**cell, "metric": metric, "mean": fac if metric == "auprc" else 0.0})
     for arm in ("seed_only", "full"):
         diversity.append({"target": "hub:o/t1", "arm": arm, "writer": "", "generator": "", "self_bleu": 0.0})
-        cell = {"target": "hub:o/t1", "arm": arm, "generator": "", "recipe": "head"}
+        cell = {"target": "hub:o/t1", "arm": arm, "source": "", "generator": "", "recipe": "head"}
         transfer.append({**cell, "metric": "auprc", "mean": 0.99})
     return {"coverage": coverage, "diversity": diversity, "transfer": transfer}
 

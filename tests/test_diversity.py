@@ -408,10 +408,10 @@ def test_every_training_set_of_a_run_is_measured(tiny_qwen: Path, tmp_path: Path
 
     written = [{"text": t, "feature": i, "label": "benign"} for i, t in enumerate(zipf_texts(12, 8))]
     records = [
-        {"target": "q", "arm": "own", "source": "q", "generator": "q", "written": written},
-        {"target": "q", "arm": "random", "source": "q", "generator": "q", "written": written[:1]},
-        {"target": "q", "arm": "seed_only", "source": "q", "generator": "", "written": []},
-        {"target": "q", "arm": "full", "source": "q", "generator": "", "written": []},
+        {"target": "q", "arm": "own", "source": "q", "generator": "q", "writer": "q", "written": written},
+        {"target": "q", "arm": "random", "source": "q", "generator": "q", "writer": "q", "written": written[:1]},
+        {"target": "q", "arm": "seed_only", "source": "q", "generator": "", "writer": "", "written": []},
+        {"target": "q", "arm": "full", "source": "q", "generator": "", "writer": "", "written": []},
     ]
     write_json(tmp_path / "datasets.json", records)
     corpora = {

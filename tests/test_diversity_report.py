@@ -11,7 +11,7 @@ import pytest
 
 from reports.build import build_report
 from reports.diversity import LABELS, QUANTITIES, figure
-from reports.load import TEXT_METRICS, load_run
+from reports.load import MAIN, TEXT_METRICS, load_run
 from transfer.core.errors import TransferError
 from transfer.diversity import METRICS
 from transfer.grid.bound_table import ASSUMES
@@ -83,7 +83,7 @@ def results() -> dict[str, Any]:
         }
     ]
     lists = {"diversity": diversity, "diversity_correlations": correlations, "bounds": bounds}
-    return {**lists, "bound_notes": notes, "efficiency": efficiency, "alignments": [], "transfer": []}
+    return {**lists, "bound_notes": notes, "efficiency": efficiency, **dict.fromkeys(MAIN, [])}
 
 
 def build(folder: Path, data: dict[str, Any]) -> str:
@@ -129,7 +129,7 @@ def test_names_are_those_of_the_stages() -> None:
 
 
 def test_a_run_without_them_still_has_a_report(tmp_path: Path) -> None:
-    page = build(tmp_path / "a", {"alignments": []})
+    page = build(tmp_path / "a", dict.fromkeys(MAIN, []))
     assert "No correlation recorded." in page and "No bound recorded." in page
 
 

@@ -204,7 +204,7 @@ def test_rounds_of_an_experiment_cover_as_its_cover_stage_and_leave_their_texts(
         pool=None,
     )
     monkeypatch.setattr(rounds_stage, "check_corpora", lambda *a, **k: None)
-    monkeypatch.setattr(rounds_stage, "make_generator", lambda *a: None)
+    monkeypatch.setattr(rounds_stage, "make_generator", lambda *a, account: None)
     monkeypatch.setattr(rounds_stage.stages, "load_delta", lambda folder: np.ones(N, dtype=np.float32))
     monkeypatch.setattr(rounds_stage.stages, "split_docs", lambda store, corpus: None)
     asked: dict[str, Any] = {}

@@ -82,7 +82,7 @@ def test_examples_are_written_for_unlabelled_texts_and_trained_on(
             "data": {"source": None, **{s: str(tmp_path / f"{s}.jsonl") for s in ("anchor", "seed")}, "positive": ""},
             "align": {"methods": ["activation"], "use": "activation", "q_value": 1.0},
             "judge": {"kind": "endpoint", "base_url": stub.url, "model": "m", "rubric": "helpfulness", "spans": 2},
-            "cover": {"delta": "constant:0", "min_docs": 2, "bootstrap": 10},
+            "cover": {"delta": "constant:0", "min_docs": 2},
             "synth": {
                 "generator": "chat",
                 "chat": f"{stub.url}#m",
