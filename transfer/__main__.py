@@ -15,7 +15,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("WANDB_MODE", "disabled")
     from transfer.cli import app
-    from transfer.core.console import complain
+    from transfer.core.console import close_output, complain
     from transfer.core.env import check_imports
     from transfer.core.errors import StageError, TransferError
 
@@ -34,6 +34,8 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:
             raise
+        if error.filename is None:
+            close_output()  # else the interpreter fails once more as it ends
         place = f": {error.filename}" if error.filename else " for standard output or the runs folder"
         complain(f"error: {error.strerror}{place}. Free some space, or choose another file or folder.")
         sys.exit(2)
