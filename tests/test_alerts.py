@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from transfer.core.config import load_experiment
+from transfer.core.experiment import load_experiment
 from transfer.grid.results import alerts, limits
 
 

@@ -12,7 +12,8 @@ import scipy.sparse as sp
 from aligners.assignment import counterparts
 from aligners.calibrate import shuffled
 from transfer.core.alignment import Alignment
-from transfer.core.config import Experiment, load_experiment
+from transfer.core.config import Experiment
+from transfer.core.experiment import load_experiment
 from transfer.core.outcomes import Candidate, CoverageReport, SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.store import ActivationStore

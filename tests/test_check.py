@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from models.headers import model_header, sae_header
 from transfer.check import check
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.estimate import GIB, Side, training_gib
 from transfer.hub import UnreachableError
 from transfer.train.recipes import Recipe

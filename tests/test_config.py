@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from transfer.core.config import Experiment, load_experiment
+from transfer.core.config import Experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 
 MODELS = "models:\n  a: {model: 'zoo:llama', sae: 'zoo:llama/sae'}\n"
 

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 
 from tests.test_arms import MISSING, PAIRS, Store, alignment, report, space
 from tests.test_matrix import HASHES, RECIPE, TASK
-from transfer.core.config import load_experiment
+from transfer.core.experiment import load_experiment
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.texts import Corpus, Text
 from transfer.grid.arms import plan, training_sets

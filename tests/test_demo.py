@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfer.core.config import load_experiment
+from transfer.core.experiment import load_experiment
 from transfer.core.files import load_arrays, load_csr
 from transfer.core.outcomes import CoverageReport, SynthesisRun
 from transfer.core.store import ActivationStore

@@ -401,7 +401,7 @@ def test_every_training_set_of_a_run_is_measured(tiny_qwen: Path, tmp_path: Path
     from types import SimpleNamespace
 
     from models.language import LanguageModel
-    from transfer.core.config import load_experiment
+    from transfer.core.experiment import load_experiment
     from transfer.core.files import read_json, write_json
     from transfer.core.texts import Corpus, Text
     from transfer.grid.set_diversity import measure

@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tests.test_endpoint import Reply, completion, serving
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.files import read_json
 from transfer.evidence.judging import judge_inputs, relevant_by_chat
 from transfer.verbs.explain import explain

@@ -24,8 +24,8 @@ from transfer import stages
 from transfer.__main__ import main
 from transfer.alignment import families
 from transfer.core.alignment import Alignment
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.space import FeatureView
 from transfer.corpus import load_corpus
 from transfer.grid.details import _families

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.synth.lineage import CardFacts, card, card_counts, write_dataset, write_jsonl
 from transfer.synth.training_formats import format_of, llama_factory_rows, trl_rows, write_llama_factory, write_trl

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.generators import Prompt, ScriptedGenerator
-from transfer.core.config import SynthSection, load_experiment
+from transfer.core.config import SynthSection
+from transfer.core.experiment import load_experiment
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace
 from transfer.core.span import Span

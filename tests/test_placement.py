@@ -10,8 +10,8 @@ import torch
 from models.adapter import Adapter
 from models.language import LanguageModel, kept_language
 from models.placement import PLAIN, place, placed
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.train.classifier import load_backbone
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.test_matrix import made
-from transfer.core.config import load_experiment
+from transfer.core.experiment import load_experiment
 from transfer.grid.claims import compare, summarise
 from transfer.grid.results import claims, coverage_contrasts
 

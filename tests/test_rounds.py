@@ -12,8 +12,8 @@ import pytest
 import scipy.sparse as sp
 from typer.testing import CliRunner
 
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.files import read_json
 from transfer.core.outcomes import Candidate, SynthesisRun
 from transfer.core.rundir import RunDir

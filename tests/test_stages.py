@@ -14,8 +14,9 @@ from aligners.activation import ActivationAligner
 from aligners.planted import planted_pair
 from transfer import stages
 from transfer.core.alignment import Alignment
-from transfer.core.config import DataSection, HarvestSection, load_experiment
+from transfer.core.config import DataSection, HarvestSection
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.store import PairedActivations
 from transfer.core.texts import Corpus, Text
 from transfer.pipeline import Pipeline

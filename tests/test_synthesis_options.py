@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.generators import Prompt, ScriptedGenerator
-from transfer.core.config import Experiment, load_experiment
+from transfer.core.config import Experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.formats import FORMATS, get_format
 from transfer.core.outcomes import SynthesisRun
 from transfer.core.space import FeatureSet, FeatureSpace

@@ -16,8 +16,9 @@ from models.cache import AnswerCache
 from models.chat import Answer, Chat
 from tests.test_arms import report, space
 from tests.test_endpoint import Reply, completion, serving
-from transfer.core.config import SynthSection, load_experiment
+from transfer.core.config import SynthSection
 from transfer.core.errors import StageError, TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.files import save_arrays
 from transfer.core.space import FeatureSet
 from transfer.core.span import Span

@@ -12,8 +12,8 @@ from reports.load import MAIN
 from tests.test_arms import space
 from tests.test_matrix import HASHES, TASK
 from transfer import matrix
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.files import write_json
 from transfer.core.texts import Corpus, Text
 from transfer.grid import stage as tune_stage

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from tests.test_endpoint import Reply, completion, serving
 from transfer.cli import app
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.pipeline import Pipeline
 
 NOUNS = ("bread", "boats", "rain", "poems", "knives", "bees")

@@ -62,7 +62,8 @@ def _through(
 ) -> None:
     """Run the stages up to ``stage`` and show its result."""
     set_quiet(quiet or as_json)
-    from transfer.core.config import load_experiment, runs_folder
+    from transfer.core.experiment import load_experiment
+    from transfer.core.rundir import runs_folder
 
     overrides = list(settings)
     for key, value in (("source", data), ("text", text), ("label", label)):
@@ -134,7 +135,7 @@ def check_experiment(
     """Everything that is wrong with an experiment, and what it will take; reads no weights. Exit 2 on a problem."""
     set_quiet(quiet or as_json)
     from transfer.check import check
-    from transfer.core.config import load_experiment
+    from transfer.core.experiment import load_experiment
 
     found = check(load_experiment(config, settings), tflops=tflops).to_dict()
     show(found if as_json else lines_of(found))

@@ -10,8 +10,8 @@ import numpy as np
 
 from models.adapter import max_over_tokens
 from transfer import stages
-from transfer.core.config import load_experiment
 from transfer.core.errors import TransferError
+from transfer.core.experiment import load_experiment
 from transfer.core.files import save_arrays, write_json
 from transfer.core.keys import SCHEMA
 from transfer.core.outcomes import CoverageReport

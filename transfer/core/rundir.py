@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,22 @@ from transfer.core.console import say
 from transfer.core.errors import NoSpaceError, StageError, TransferError
 from transfer.core.files import file_hash, read_json, remove_leftovers, replacing, write_json
 from transfer.core.keys import SCHEMA, digest
+
+
+def runs_folder() -> Path:
+    """Where runs go: ``$TRANSFER_RUNS`` or ``runs`` in the current folder.
+
+    Raises:
+        TransferError: When it cannot be written.
+    """
+    folder = Path(os.environ.get("TRANSFER_RUNS", "runs"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TransferError(f"Cannot write to {folder} ({error.strerror}).", "Set TRANSFER_RUNS to a folder.") from None
+    return folder
 
 
 class RunDir:

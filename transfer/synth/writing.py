@@ -10,8 +10,9 @@ from models.cache import AnswerCache
 from models.chat import ChatModel
 from models.generators import Generator
 from models.steered import SteeredGenerator
-from transfer.core.config import SynthSection, runs_folder
+from transfer.core.config import SynthSection
 from transfer.core.errors import TransferError
+from transfer.core.rundir import runs_folder
 from transfer.core.span import Span
 from transfer.core.texts import Text
 from transfer.core.workers import Workers

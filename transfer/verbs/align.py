@@ -95,8 +95,8 @@ def fit(
     from transfer.alignment import artefact
     from transfer.alignment.methods import make_aligner
     from transfer.alignment.sides import SideRef, open_stores, open_views, read_corpus
-    from transfer.core.config import runs_folder
     from transfer.core.files import plain
+    from transfer.core.rundir import runs_folder
 
     aligner = make_aligner(method, settings, seed)
     how = artefact.Settings(fraction, n_null, seed, cast("Pooling", pool))
@@ -163,7 +163,7 @@ def score(
     from transfer.alignment import artefact
     from transfer.alignment.sides import SideRef, open_stores, read_corpus
     from transfer.core.alignment import Alignment
-    from transfer.core.config import runs_folder
+    from transfer.core.rundir import runs_folder
 
     alignment = Alignment.load(folder)
     place = out or folder
@@ -270,8 +270,8 @@ def ladder(
     set_quiet(quiet or as_json)
     from transfer.alignment.artefact import writable
     from transfer.alignment.sides import read_corpus
-    from transfer.core.config import runs_folder
     from transfer.core.files import write_json
+    from transfer.core.rundir import runs_folder
     from transfer.ladder.climb import METHODS, Plan, climb, table
     from transfer.ladder.zoo import Zoo
 

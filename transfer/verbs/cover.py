@@ -253,7 +253,8 @@ def _point(row: dict[str, Any]) -> str:
 
 
 def _pipeline(config: str, settings: list[str], verb: str) -> Pipeline:
-    from transfer.core.config import load_experiment, runs_folder
+    from transfer.core.experiment import load_experiment
+    from transfer.core.rundir import runs_folder
     from transfer.evidence.judging import refuse_unread_keys
     from transfer.pipeline import Pipeline
     from transfer.verbs.options import command_line
@@ -289,7 +290,7 @@ def _ground(pipeline: Pipeline, name: str) -> tuple[Ground, Any]:
 def _pool(candidates: str, pipeline: Pipeline, name: str, text_column: str | None) -> Any:
     """Candidate documents: a store, or texts that are harvested with the experiment's model."""
     from transfer.alignment.sides import read_corpus, stored
-    from transfer.core.config import runs_folder
+    from transfer.core.rundir import runs_folder
     from transfer.cover.rank import open_store
 
     if Path(candidates).is_dir():

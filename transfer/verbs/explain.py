@@ -43,7 +43,8 @@ def explain(
 ) -> None:
     """Describe features, judge their relevance, and score each description on held-out texts."""
     set_quiet(quiet or as_json)
-    from transfer.core.config import load_experiment, runs_folder
+    from transfer.core.experiment import load_experiment
+    from transfer.core.rundir import runs_folder
 
     overrides = list(settings) + ([f"judge.rubric={rubric}"] if rubric else [])
     experiment = load_experiment(config, overrides)

@@ -150,7 +150,8 @@ def rounds(
 ) -> None:
     """Cover, write, (fine-tune,) and cover again; the same command goes on behind the last finished round."""
     set_quiet(quiet or as_json)
-    from transfer.core.config import load_experiment, runs_folder
+    from transfer.core.experiment import load_experiment
+    from transfer.core.rundir import runs_folder
     from transfer.evidence.judging import refuse_unread_keys
     from transfer.pipeline import Pipeline
     from transfer.synth.rounds import RoundSettings

@@ -67,7 +67,8 @@ def task(
     """
     set_quiet(quiet or as_json)
     from models.placement import place
-    from transfer.core.config import load_experiment, runs_folder
+    from transfer.core.experiment import load_experiment
+    from transfer.core.rundir import runs_folder
     from transfer.tasks import get_task
     from transfer.train.recipes import get_recipe
     from transfer.train.task_runs import rows, run_task
@@ -153,7 +154,8 @@ def answers(
     found = write_answers(folder, prompts, out, max_new_tokens)
     if against is not None:
         from models.cache import AnswerCache
-        from transfer.core.config import load_experiment, runs_folder
+        from transfer.core.experiment import load_experiment
+        from transfer.core.rundir import runs_folder
         from transfer.evidence.judging import CACHE, chat_model
 
         loaded = load_experiment(experiment, settings)
